@@ -21,11 +21,11 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
 from logo.adapters.layout import BaseLayout
+from logo.api.names import MixtureRequest
 from logo.errors import AdapterError, PoolError, StorageError, UsageError
 from logo.prefix_cache import PrefixCache, reusable
 from logo.selection import scorer
-from logo.serve import batching
-from logo.api.names import MixtureRequest
+from logo.serve.batching import Memory
 from logo.serve.sampling import Sampling
 from logo.serve.service import Service
 from make_adapters import edit_config, load_peft, write, write_peft
@@ -452,10 +452,7 @@ def test_a_checkpoint_that_names_its_cache(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [512, 16], ids=["whole prompts", "prompts in parts"])
 @pytest.mark.parametrize("kind", ["last:4", "invocation", "mixed"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-def test_answers_are_those_of_the_engine(
-    name: str, kind: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(batching, "_STEP_TOKENS", step)
+def test_answers_are_those_of_the_engine(name: str, kind: str, step: int, tmp_path: Path) -> None:
     model = tiny.model(name)
     modules = ("q_proj", "v_proj") if name != "gpt2" else ("c_attn",)
     folder = pool_of(tmp_path, model, modules)
@@ -478,9 +475,10 @@ def test_answers_are_those_of_the_engine(
         return [*found, *again]
 
     asked = zip([*rows, *rows[4:]], [*requests, *requests[4:]], strict=True)
-    for (ids, wanted), (tokens, _, chosen) in zip(asked, serving.served(logo, use, concurrent=4), strict=True):
+    answers = serving.served(logo, use, memory=Memory(4, step_tokens=step))
+    for (ids, wanted), (tokens, _, chosen) in zip(asked, answers, strict=True):
         [want] = serving.alone(logo, [ids], [wanted], 9)
-        assert (tokens, chosen.selection.adapters) == (want[0], want[2])
+        assert (tokens, chosen.chosen.selection.adapters) == (want[0], want[2])
 
 
 @pytest.mark.parametrize(("cached", "read"), [({}, [100, 3, 1, 1, 1]), ({"prefix_cache_gb": 0}, [100, 99, 1, 1, 1])])

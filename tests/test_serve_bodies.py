@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logo.errors import StorageError, UsageError
 from logo.api.bodies import (
     UNSUPPORTED,
     Body,
@@ -28,6 +27,7 @@ from logo.api.bodies import (
 )
 from logo.api.errors import ApiError
 from logo.api.names import AUTO, MixtureRequest, Models, read_key_adapters
+from logo.errors import StorageError, UsageError
 
 MODELS = Models("tiny", ("french", "sums", "x:1", "p+q"), ("norm", "calibrated"))
 COMPLETION = {"model": "logo", "prompt": "hi"}

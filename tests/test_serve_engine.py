@@ -19,14 +19,13 @@ from transformers import GenerationConfig
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.adapter import Adapter
+from logo.api.errors import ApiError, NotReady
+from logo.api.names import MixtureRequest
 from logo.core import Prompt, Selection
 from logo.decoding import Batch, Decoding, call_config
 from logo.errors import AdapterError, ModelError, NotFinite, PoolError, UsageError
-from logo.serve import batching
 from logo.serve.batching import Job, Memory
-from logo.api.errors import ApiError, NotReady
-from logo.api.names import MixtureRequest
-from logo.serve.packed import Chosen
+from logo.serve.packed import HeldMixture
 from logo.serve.sampling import Sampling
 from logo.serve.service import Service
 from make_adapters import load_peft, write_peft
@@ -54,10 +53,19 @@ def served(logo: LoGo, use: Callable[[Service], Awaitable[_T]], **options: Any) 
     return asyncio.run(run())
 
 
+async def choose(service: Service, prompt: Prompt, wanted: MixtureRequest) -> HeldMixture:
+    """The mixture of one prompt, with its adapters loaded."""
+    [outcome] = await service.select([prompt], wanted)
+    if isinstance(outcome, BaseException):
+        raise outcome
+    [mixture] = await service.load([outcome])
+    return mixture
+
+
 async def answer(
     service: Service, ids: list[int], wanted: MixtureRequest, sampling: Sampling
-) -> tuple[tuple[int, ...], str, Chosen]:
-    chosen = await service.choose(Prompt.of_ids(ids), wanted)
+) -> tuple[tuple[int, ...], str, HeldMixture]:
+    chosen = await choose(service, Prompt.of_ids(ids), wanted)
     tokens: list[int] = []
     reason = None
     try:
@@ -72,7 +80,7 @@ async def answer(
 
 def all_of(
     logo: LoGo, rows: list[list[int]], requests: list[MixtureRequest], lengths: list[int], **options: Any
-) -> list[tuple[tuple[int, ...], str, Chosen]]:
+) -> list[tuple[tuple[int, ...], str, HeldMixture]]:
     """The answers to requests that come at once, after which nothing runs or waits."""
 
     async def use(service: Service) -> Any:
@@ -133,16 +141,15 @@ def test_answers_are_those_of_generating_alone(architecture: str, tmp_path: Path
     for ids, wanted, length, (tokens, reason, chosen) in zip(rows, requests, lengths, found, strict=True):
         [want] = alone(logo, [ids], [wanted], length)
         assert (tokens, reason) == (want[0], want[1])
-        assert chosen.selection.adapters == want[2]
+        assert chosen.chosen.selection.adapters == want[2]
 
 
 @pytest.mark.parametrize("step", [512, 16], ids=["whole prompts", "prompts in parts"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_adapters_on_the_output_head_answer_as_alone_and_as_in_peft(
-    architecture: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, step: int, tmp_path: Path
 ) -> None:
     """The head is given one token of each sequence, in steps that read prompts and in others."""
-    monkeypatch.setattr(batching, "_STEP_TOKENS", step)
     model = tiny.model(architecture, tie_word_embeddings=False)
     names = ["lm_head", {"gpt2": "c_attn"}.get(architecture, "q_proj")]
     for i in range(4):
@@ -153,7 +160,7 @@ def test_adapters_on_the_output_head_answer_as_alone_and_as_in_peft(
     rows = tiny.prompts([1, 3, 40, 9, 2, 70, 5, 12], seed=4)
     requests = [MixtureRequest(adapters={f"t{i % 4}": 1.0, f"t{(i + 1) % 4}": 0.5 * (i % 2)}) for i in range(len(rows))]
 
-    found = all_of(logo, rows, requests, [9 + i for i in range(len(rows))], concurrent=5)
+    found = all_of(logo, rows, requests, [9 + i for i in range(len(rows))], memory=Memory(5, step_tokens=step))
     for i, (ids, wanted, (tokens, *_)) in enumerate(zip(rows, requests, found, strict=True)):
         assert tokens == alone(logo, [ids], [wanted], 9 + i)[0][0]
     wrapped = load_peft(tmp_path / "t2", tiny.model(architecture, tie_word_embeddings=False)).eval()
@@ -189,7 +196,7 @@ def test_requests_that_come_while_a_step_ends_share_one_probe(
         probed.append(len(some))
         return select(some, *arguments, **options)
 
-    async def use(service: Service) -> list[Chosen]:
+    async def use(service: Service) -> list[HeldMixture]:
         paused, waits, ended = service.batching.paused, threading.Event(), threading.Event()
 
         @contextmanager
@@ -201,9 +208,9 @@ def test_requests_that_come_while_a_step_ends_share_one_probe(
 
         monkeypatch.setattr(service.batching, "paused", slowly)
         monkeypatch.setattr(logo, "outcomes", counted)
-        asked = [asyncio.create_task(service.choose(Prompt.of_ids(rows[0]), MixtureRequest()))]
+        asked = [asyncio.create_task(choose(service, Prompt.of_ids(rows[0]), MixtureRequest()))]
         await asyncio.to_thread(waits.wait, PATIENCE)
-        asked += [asyncio.create_task(service.choose(Prompt.of_ids(ids), MixtureRequest())) for ids in rows[1:]]
+        asked += [asyncio.create_task(choose(service, Prompt.of_ids(ids), MixtureRequest())) for ids in rows[1:]]
         await asyncio.sleep(0)
         asked.pop().cancel()
         await asyncio.sleep(0)
@@ -213,7 +220,7 @@ def test_requests_that_come_while_a_step_ends_share_one_probe(
     found = served(logo, use)
     assert probed == [3]
     for chosen, want in zip(found, alone, strict=False):
-        assert chosen.selection.adapters == want.adapters
+        assert chosen.chosen.selection.adapters == want.adapters
         chosen.release()
 
 
@@ -297,20 +304,20 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
     assert before != later
 
     async def use(service: Service) -> Any:
-        chosen = await service.choose(Prompt.of_ids(ids), wanted)
+        chosen = await choose(service, Prompt.of_ids(ids), wanted)
         deltas = service.generate([Job(ids, chosen, Sampling(30))])
         first = (await anext(deltas))[1]
-        waiting = await service.choose(Prompt.of_ids(ids), wanted)  # selected, not begun
+        waiting = await choose(service, Prompt.of_ids(ids), wanted)  # selected, not begun
         await service.remove("t1")
         shutil.rmtree(tmp_path / "pool" / "t1")
         with pytest.raises(ApiError, match="t1"):
-            await service.choose(Prompt.of_ids(ids), wanted)
+            await choose(service, Prompt.of_ids(ids), wanted)
         await service.add(tmp_path / "other", "t1")
         new = await answer(service, ids, wanted, Sampling(30))
         rest = [token async for _, new, _ in deltas for token in new]
         more = service.generate([Job(ids, waiting, Sampling(30))])
         held = [token async for _, new, _ in more for token in new]
-        scores = (await service.choose(Prompt.of_ids(ids), MixtureRequest())).selection.scores
+        scores = (await choose(service, Prompt.of_ids(ids), MixtureRequest())).chosen.selection.scores
         return (*first, *rest), tuple(held), new[0], scores
 
     begun, held, new, scores = served(engine(llama, tmp_path / "pool", k=2), use)
@@ -336,10 +343,10 @@ def test_what_cannot_be_used_changes_nothing(fault: str, on_bad: str, llama: nn.
     logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings("norm", k=3), on_bad_adapter=on_bad)
 
     async def use(service: Service) -> Any:
-        before = (await service.choose(ids, MixtureRequest())).selection
+        before = (await choose(service, ids, MixtureRequest())).chosen.selection
         with pytest.raises((AdapterError, PoolError)):
             await service.add(bad, "t1" if fault == "taken" else "new")
-        return before, (await service.choose(ids, MixtureRequest())).selection, tuple(service.adapters)
+        return before, (await choose(service, ids, MixtureRequest())).chosen.selection, tuple(service.adapters)
 
     before, after, names_after = served(logo, use)
     assert before == after
@@ -424,7 +431,9 @@ def test_where_generation_has_stopped_nothing_is_taken(llama: nn.Module, adapter
             pass
         for _ in range(2):  # whoever was taken before hears of it, and nobody waits for ever
             with pytest.raises(NotReady, match="generation has stopped"):
-                await asyncio.wait_for(service.choose(tiny.prompts([20], seed=8)[0], MixtureRequest()), PATIENCE)
+                await asyncio.wait_for(
+                    choose(service, Prompt.of_ids(tiny.prompts([20], seed=8)[0]), MixtureRequest()), PATIENCE
+                )
 
     served(engine(llama, adapters, unscorable="skip"), use)
 

@@ -18,12 +18,12 @@ import pytest
 from http_server import serving
 from local_server import LocalServer
 from logo import AdapterPool, LoGo
+from logo.api.listening import listening
 from logo.cli.app import run
 from logo.demo import adapters_dir
 from logo.serve import app as app_module
 from logo.serve.app import AppSettings, create_app
 from logo.serve.batching import Memory
-from logo.api.listening import listening
 from logo.serve.service import Service
 from serving import endless
 from tolerances import PATIENCE
@@ -71,7 +71,8 @@ def test_more_than_there_is_room_for_are_refused_and_counted(engine: LoGo) -> No
         assert failures(text) == {"queue_full": 2.0, "invalid": 1.0}
         assert re.search(r'^logo:request_success_total{finished_reason="\w+"} 6.0$', text, re.M)
         assert "logo:num_requests_running 0.0" in text and "logo:kv_tokens_used 0.0" in text
-        assert 'logo:adapter_selected_total{adapter="add_numbers"} 6.0' in text
+        # Once per prompt of the two requests that were taken, however many answers it has.
+        assert 'logo:adapter_selected_total{adapter="add_numbers"} 2.0' in text
 
     asked(Service(engine, Memory(concurrent=2), max_queue=4), use)
 
@@ -92,7 +93,7 @@ def test_a_request_that_takes_too_long_is_ended_and_counted(
         async def never(*_: Any, **__: Any) -> None:
             await asyncio.sleep(PATIENCE)
 
-        monkeypatch.setattr(service, "choose", never)
+        monkeypatch.setattr(service, "select", never)
     else:
         base = str(endless(tmp_path / "demo"))
         service = Service(LoGo.from_pretrained(base, str(adapters_dir())), Memory())
@@ -180,22 +181,28 @@ def test_head_is_answered_like_get_without_a_body(engine: LoGo) -> None:
             assert error["code"] == said.lower().replace(" ", "_")
 
 
-def test_adapters_that_do_not_fit_into_memory_are_told_with_what_helps() -> None:
-    engine = LoGo.from_pretrained("demo", adapter_memory_gb=0.000001)
+def test_adapters_that_can_never_have_room_are_refused_for_good_and_others_wait() -> None:
+    """Those of one prompt, or of all prompts of a request together; nobody is told to try again in vain."""
+    tight = LoGo.from_pretrained("demo", adapter_memory_gb=0.000001)
 
     async def use(client: httpx.AsyncClient) -> None:
         answer = await client.post("/v1/completions", json={"model": "antonym", "prompt": "x"})
-        assert answer.status_code == 503 and "--adapter-memory-gb" in answer.json()["error"]["message"]
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["code"] == "adapters_too_large"
+        assert error["message"].startswith("adapters 'antonym': together they need ")
+        assert "--adapter-memory-gb" in error["message"] and "retry-after" not in answer.headers
         assert (await client.post("/v1/completions", json={"model": "demo", "prompt": "x"})).status_code == 200
-        assert failures((await client.get("/metrics")).text) == {"unavailable": 1.0}
+        assert failures((await client.get("/metrics")).text) == {"adapters_too_large": 1.0}
 
-    asked(Service(engine, Memory()), use)
+    asked(Service(tight, Memory()), use)
     few = LoGo.from_pretrained("demo", adapter_memory_gb=0.0004)  # room for two adapters
 
     async def all_at_once(client: httpx.AsyncClient) -> None:
         bodies = [{"model": name, "prompt": "x", "max_tokens": 4} for name in few.names]
         answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
-        assert {one.status_code for one in answers} == {200}
+        assert {answer.status_code for answer in answers} == {200}
+        three = {"model": "+".join(f"{name}:0.1" for name in few.names[:3]), "prompt": "x"}
+        assert (await client.post("/v1/completions", json=three)).json()["error"]["code"] == "adapters_too_large"
 
     asked(Service(few, Memory(concurrent=1)), all_at_once)
 

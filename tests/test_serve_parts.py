@@ -20,15 +20,16 @@ from torch import nn
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from http_server import eventually, serving
+from logo.api.errors import ApiError, failed
+from logo.api.guards import GuardSettings
+from logo.api.layers import guard
+from logo.api.logs import RequestIds
 from logo.errors import AdapterError, DataError, NotFinite, PoolError, StorageError, UsageError, is_out_of_memory
 from logo.mixing.cache import ADAPTER_SHARE
 from logo.plugins import running
 from logo.serve import batching
 from logo.serve.batched_cache import BatchedCache
 from logo.serve.batching import Memory, MemoryPlan
-from logo.api.errors import ApiError, failed
-from logo.api.guards import GuardSettings, guard
-from logo.api.logs import RequestIds
 from logo.serve.sampling import Draw, Sampling, next_tokens
 
 VOCABULARY = 12

@@ -1,4 +1,4 @@
-"""The bodies of requests, checked without knowledge of models or the pool, and LoGo's part of replies.
+"""The bodies of requests, checked without knowledge of models or the pool.
 
 They have OpenAI's fields, vLLM's `return_token_ids`, and our `logo`. What is wrong is said in pydantic's words. A field
 that is null counts as missing, as OpenAI's clients expect. A field that would change the answer but is not supported is
@@ -8,39 +8,35 @@ refused by name (`UNSUPPORTED`); any other unknown one is kept in `model_extra`,
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
-from logo.adapters.adapter import Adapter
-from logo.core import Selection, Weighting
 from logo.api.errors import bad_request, plain
+from logo.core import Weighting
 
-if TYPE_CHECKING:
-    from logo.selection.settings import SelectionSettings
-
+_T = TypeVar("_T")
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]  # above any vocabulary and context
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Tokens = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1, fail_fast=True)]
-Several = Field(min_length=1, fail_fast=True)
+# A list of at least one. It is read up to its first fault: thousands of them would keep the event loop for seconds.
+Listed = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
+Tokens = Listed[Annotated[int, Field(strict=True)]]
 StopTexts = tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...]
-# Settings of the selection that clients are not told: prompts and paths of the operator, and k, which has a default.
-_PRIVATE = ("calibration_prompts", "cache", "k")
+_MOST_FIELDS = 1000  # of an object whose every field may be wrong, which pydantic reads to the end
 
 
 def read_json(raw: bytes) -> Any:
     """Parses a body; ApiError: it is no JSON, or holds what only Python's parser takes: NaN, infinity, half a surrogate
     pair."""
     try:
-        found = json.loads(raw)
-        json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        body = json.loads(raw)
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise bad_request(f"the body is not JSON that can be read: {plain(str(error), 200)}") from None
-    return found
+    return body
 
 
 class Body(BaseModel):
@@ -65,23 +61,48 @@ def checked(kind: type[_B], body: Any) -> _B:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
-    worst = max(errors, key=lambda one: (len(one["loc"]), [step for step in one["loc"] if isinstance(step, int)]))
-    place, path = body, ""
-    for step in (*worst["loc"], *filter(None, [worst.get("ctx", {}).get("field")])):
+        errors = error.errors(include_url=False, include_input=False)
+    furthest = max(errors, key=_depth)
+    steps = list(furthest["loc"])
+    if "field" in furthest.get("ctx", {}) and furthest["ctx"]["field"] is not None:
+        steps.append(furthest["ctx"]["field"])
+    path = _path(body, steps, furthest["type"] == "missing")
+    raise bad_request(f"{path or 'body'}: {furthest['msg']}", path or None)
+
+
+def _depth(error: ErrorDetails) -> tuple[int, list[int]]:
+    """How far pydantic came before an error: the steps to its place, and the numbers of list entries among them."""
+    return len(error["loc"]), [step for step in error["loc"] if isinstance(step, int)]
+
+
+def _path(body: Any, steps: Sequence[int | str], is_missing: bool) -> str:
+    """The place in a body as clients write it: `messages[0].role`; empty: the body itself. Of pydantic's steps those
+    that name the branch of a union are left out."""
+    path = ""
+    place = body
+    for step in steps:
         if isinstance(step, int) and isinstance(place, list):
             path += f"[{step}]"
             place = place[step] if step < len(place) else None
-        elif isinstance(place, dict) and (step in place or worst["type"] == "missing"):
-            path += f".{plain(step)}" if path else plain(step)
+        elif isinstance(place, dict) and (step in place or is_missing):
+            path += f".{plain(str(step))}" if path else plain(str(step))
             place = place.get(step)
-        # Else it is the name of the branch, which pydantic adds.
-    raise bad_request(f"{path or 'body'}: {worst['msg']}", path or None)
+    return path
 
 
 def _refused(message: str, field: str | None = None) -> PydanticCustomError:
     """A validation error about the checked object or one `field` of it."""
     return PydanticCustomError("logo", "{message}", {"message": message, "field": field})
+
+
+def _few(value: Any) -> Any:
+    """Refuses an object of so many fields that saying of each what is wrong would take long."""
+    if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+        raise _refused(f"expected at most {_MOST_FIELDS} fields, found {len(value)}")
+    return value
+
+
+Weights = Annotated[dict[str, Annotated[Number, Field(gt=-1e6, lt=1e6)]], BeforeValidator(_few)]
 
 
 class LogoOptions(Body):
@@ -90,17 +111,22 @@ class LogoOptions(Body):
 
     model_config = ConfigDict(extra="forbid")
 
-    adapters: dict[str, Annotated[Number, Field(gt=-1e6, lt=1e6)]] | None = None  # {}: the base model alone
+    adapters: Weights | None = None  # {}: the base model alone
     k: Count | None = None
     signal: str | None = None
     weighting: Weighting | None = None
-    candidates: Annotated[list[str], Field(min_length=1)] | None = None
+    candidates: Listed[str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, data: Any) -> Any:
+        return _few(data)
 
     @model_validator(mode="after")
     def _one_way(self) -> LogoOptions:
         if self.adapters is not None and self.selecting:
-            found = next(iter(self.selecting))
-            raise _refused(f"expected either 'adapters' (this mixture) or {found!r} (select), found both")
+            option = next(iter(self.selecting))
+            raise _refused(f"expected either 'adapters' (this mixture) or {option!r} (select), found both")
         return self
 
     @property
@@ -136,13 +162,15 @@ class Message(Body):
     """One turn of a conversation; unknown fields (`tool_calls`, ...) are kept for the chat template."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    content: str | Listed[TextPart] | None = None
 
     @property
     def turn(self) -> dict[str, Any]:
         """The message for the chat template; the parts of its content are joined by line breaks, as in vLLM."""
-        text = self.content if not isinstance(self.content, list) else "\n".join(part.text for part in self.content)
-        return {**(self.model_extra or {}), "role": self.role, "content": text}
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        return {**(self.model_extra or {}), "role": self.role, "content": content}
 
 
 class SelectRequest(ModelRequest):
@@ -150,7 +178,7 @@ class SelectRequest(ModelRequest):
 
     model: str = "logo"
     prompt: str | Tokens | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Listed[Message] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -158,8 +186,8 @@ class SelectRequest(ModelRequest):
     @model_validator(mode="after")
     def _one_input(self) -> SelectRequest:
         if (self.prompt is None) == (self.messages is None):
-            found = "none" if self.prompt is None else "both"
-            raise _refused(f"expected either 'prompt' or 'messages', found {found}")
+            given = "none" if self.prompt is None else "both"
+            raise _refused(f"expected either 'prompt' or 'messages', found {given}")
         return self
 
 
@@ -231,8 +259,8 @@ class _Generation(ModelRequest):
     @model_validator(mode="after")
     def _nothing_unsupported(self) -> _Generation:
         for name, value in (self.model_extra or {}).items():
-            fine = (None, *UNSUPPORTED.get(name, (value,)))
-            if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in fine):
+            harmless = (None, *UNSUPPORTED.get(name, (value,)))
+            if not any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in harmless):
                 raise _refused("not supported by this server; use --engine vllm, or leave it out", name)
         return self
 
@@ -240,7 +268,7 @@ class _Generation(ModelRequest):
 class CompletionRequest(_Generation):
     """Body of `POST /v1/completions`; `prompt` is a text, several, the token ids of one, or of several."""
 
-    prompt: str | Annotated[list[str], Several] | Tokens | Annotated[list[Tokens], Several]
+    prompt: str | Listed[str] | Tokens | Listed[Tokens]
     add_special_tokens: Literal[True] = True
 
     @model_validator(mode="after")
@@ -263,49 +291,6 @@ class CompletionRequest(_Generation):
 class ChatRequest(_Generation):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Listed[Message]
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: Literal[False] = False  # a template writes them itself
-
-
-def mixture_reply(selection: Selection, probe_ms: float, queue_ms: float) -> dict[str, Any]:
-    """Top-level `logo` of a reply: the mixture that answered the prompt, best adapter first (none: the base model
-    alone), how long its probe took, which prompts may share (0: nothing was selected), and how long it waited for it.
-    `confidence` is the probability that the pool holds an adapter made for the prompt; None: it is unknown."""
-    return {
-        "adapters": list(selection.adapters),
-        "weights": list(selection.weights),
-        "confidence": selection.confidence,
-        "probe_ms": round(probe_ms, 3),
-        "queue_ms": round(queue_ms, 3),
-    }
-
-
-def adapter_card(adapter: Adapter) -> dict[str, Any]:
-    """What users see of an adapter; `targets` are the last parts of the names of its modules. Reads its file's size."""
-    return {
-        "id": adapter.name,
-        "rank": max(adapter.ranks),
-        "parameters": adapter.parameters,
-        "modules": len(adapter.modules),
-        "targets": sorted({path.rpartition(".")[2] for path in adapter.modules}),
-        "size_bytes": adapter.size,
-    }
-
-
-def adapter_list(
-    base: str,
-    k: int,
-    signals: Sequence[str],
-    settings: SelectionSettings,
-    cards: Iterable[Mapping[str, Any]],
-    selected: Counter[str],
-) -> dict[str, Any]:
-    """Answer of `GET /v1/logo/adapters`: the cards of adapters with how often each was `selected` since the server
-    started, the signals that requests may ask for, the usual one first, and how the server selects, but for what is the
-    operator's alone."""
-    data = [{**card, "selected": selected[card["id"]]} for card in cards]
-    told = {name: value for name, value in vars(settings).items() if name not in _PRIVATE}
-    about = {"base_model": base, "default_k": k, "signal": signals[0], "signals": list(signals), "settings": told}
-    own = settings.calibration_prompts is not None
-    return {"object": "list", **about, "has_own_calibration_prompts": own, "data": data}

@@ -97,6 +97,13 @@ def model_not_found(model: str, hint: str = "", param: str = "model") -> ApiErro
     return not_found(f"The model {shown(model)} does not exist{hint}", param, "model_not_found")
 
 
+def too_long(context: int, prompt: int, answer: int, param: str, holder: str = "this model's context") -> ApiError:
+    """400: the tokens of a prompt and of its answer, the most that it may have, are more than the `context` of the
+    `holder`; `param` is the field that asks for too much."""
+    counts = f"found {prompt} in the prompt and {answer} for the answer; send a shorter prompt or ask for less"
+    return bad_request(f"{holder} holds {context} tokens: {counts}", param, "context_length_exceeded")
+
+
 def forbidden(message: str, param: str | None = None) -> ApiError:
     """403: this key, host, origin or folder is not allowed."""
     return bad_request(message, param, "forbidden", 403)

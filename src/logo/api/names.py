@@ -17,9 +17,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from logo.errors import StorageError, UsageError, closest
 from logo.api.bodies import LogoOptions, Name
 from logo.api.errors import bad_request, model_not_found, not_found, shown
+from logo.errors import StorageError, UsageError, closest
 
 AUTO = "logo"  # the model for which the prompt selects the adapters
 Patterns = tuple[str, ...]  # names of adapters, or patterns of them such as `team-a/*`

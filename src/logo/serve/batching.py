@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from logo.api.errors import NotReady
 from logo.core import FinishReason
 from logo.decoding import OVERFLOW
 from logo.endings import EndRule, end_tokens
@@ -32,12 +33,10 @@ from logo.mixing.cache import AdapterCache, bytes_of, free_bytes
 from logo.models import input_device, padded, text_config, without_autocast
 from logo.prefix_cache import PrefixCache, cache_argument, laid_out, reusable
 from logo.serve.batched_cache import BatchedCache
-from logo.api.errors import NotReady
-from logo.serve.packed import Chosen, Packed
+from logo.serve.packed import HeldMixture, Packed
 from logo.serve.sampling import NO_TOKEN, Draw, Sampling, next_tokens
+from logo.serve.scheduling import Schedule
 
-# The most tokens of a prompt that are read between two steps of the rows, which wait meanwhile.
-_STEP_TOKENS = 512
 # The default for keys and values, which take twice as much while they are copied: this share of what is free beside the
 # model, of which adapters get 0.3, too; on a CPU, where other programs need memory, at most so many bytes.
 _SHARE, _USUAL = 0.3, 2e9
@@ -47,11 +46,17 @@ _log = logging.getLogger("logo.serve")
 
 @dataclass(frozen=True)
 class Memory:
-    """The limits of sequences: the most of one step, and memory (10⁹ bytes) for keys and values on the model's device;
-    None: a share of the free memory."""
+    """The limits of sequences.
+
+    Attributes:
+        concurrent: the most of one step.
+        kv_cache_gb: memory (10⁹ bytes) for keys and values on the model's device; None: a share of the free memory.
+        step_tokens: the most tokens of prompts that are read between two steps of the running answers.
+    """
 
     concurrent: int = 64
     kv_cache_gb: float | None = None
+    step_tokens: int = 512
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,13 @@ class MemoryPlan:
             raise UsageError(f"{plan.line}: {together}; lower --adapter-memory-gb or --kv-cache-gb")
         return plan
 
-    def tokens(self, each: int, shared: int) -> int:
-        """How many tokens of `each` so many bytes have room, padding included, beside `shared` bytes for prompt
-        prefixes; UsageError: none."""
-        if shared >= self.kv:
-            rest = f"leave nothing of the {self.kv / 1e9:.2f} GB for keys and values (--kv-cache-gb)"
-            raise UsageError(f"{shared / 1e9:.2f} GB for prompt prefixes {rest}")
-        return max(1, (self.kv - shared) // each)
+    def tokens(self, token_bytes: int, prefix_bytes: int) -> int:
+        """How many tokens of `token_bytes` have room, padding included, beside so many bytes for prompt prefixes;
+        UsageError: none."""
+        if prefix_bytes >= self.kv:
+            nothing = f"leave nothing of the {self.kv / 1e9:.2f} GB for keys and values (--kv-cache-gb)"
+            raise UsageError(f"{prefix_bytes / 1e9:.2f} GB for prompt prefixes {nothing}")
+        return max(1, (self.kv - prefix_bytes) // token_bytes)
 
     @property
     def line(self) -> str:
@@ -103,7 +108,7 @@ class Job:
     what its caller says."""
 
     prompt: Sequence[int]
-    chosen: Chosen
+    held: HeldMixture
     sampling: Sampling
     tokens: list[int] = field(default_factory=list)  # of the answer
     reason: FinishReason | None = None  # why it ended ...
@@ -115,9 +120,24 @@ class Job:
     left: bool = False  # the caller, who may set this, does not listen any more
 
     @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are not read yet."""
+        return len(self.prompt) - (0 if self.cache is None else self.cache.get_seq_length())
+
+    @property
     def most(self) -> int:
         """The most tokens of prompt and answer."""
         return len(self.prompt) + self.sampling.max_tokens
+
+    @property
+    def apart(self) -> bool:
+        """Whether the prompt cannot be read beside others: a part of it is read or cached."""
+        return self.cache is not None or self.held.end > 0
+
+    @property
+    def answering(self) -> bool:
+        """Whether its answer has begun."""
+        return bool(self.tokens)
 
 
 class Batching:
@@ -138,40 +158,48 @@ class Batching:
         prefix_cache: PrefixCache | None,
         rules: Sequence[EndRule] = (),
     ) -> None:
-        if not reusable(model, longer=False):
-            kept = "it keeps more of earlier tokens than keys and values"
-            raise ModelError(f"{type(model).__name__} cannot be served: {kept}; use LoGo.generate")
-        if not reusable(model):  # a long row would turn the keys of the others in its batch
-            parts = text_config(model)
-            first = (parts.rope_parameters or {}).get("original_max_position_embeddings")
-            first = first or parts.max_position_embeddings
-            if context is None or first < context:
-                most = f"a prompt and its answer may have {first} tokens together, the model's original context"
-                warnings.warn(f"long-rope: {most}", UserWarning, stacklevel=3)
-                context = first
+        context = _servable_context(model, context)
         self.plan = MemoryPlan.of(model, adapters.budget, memory)
-        self._model, self._prefix_cache = model, prefix_cache
-        self._concurrent, self._device = memory.concurrent, input_device(model)
-        self._reader = prefix_cache or PrefixCache(model, 0)
-        with torch.inference_mode(), without_autocast(model)():
-            cache, one = DynamicCache(), torch.ones(1, 1, dtype=torch.int64, device=self._device)
-            self._reader.forward(one, one, cache, {})
-        each = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        self._tokens = self.plan.tokens(each, 0 if prefix_cache is None else prefix_cache.budget)
-        self.context = self._tokens if context is None else min(context, self._tokens)
-        self._ends, self._rules = end_tokens(model.generation_config), rules
+        # The model, and what is known of it.
+        self._model = model
+        self._device = input_device(model)
+        self._cache_name = str(cache_argument(model))
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self._packed, self._rows = Packed(adapters), BatchedCache(cache, self._tokens)
-        self._gated: Sequence[Job] | None = None  # the rows whose gates are set
-        self._waiting: list[Job] = []  # replaced or extended under the lock
+        self._ends = end_tokens(model.generation_config)
+        self._rules = rules
+        # Prompts are read by the prefix cache, where there is one: it keeps what it reads.
+        self._prefix_cache = prefix_cache
+        self._reader = prefix_cache or PrefixCache(model, 0)
+        one_token = self._read_one_token()
+        token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in one_token.layers)
+        kv_tokens = self.plan.tokens(token_bytes, 0 if prefix_cache is None else prefix_cache.budget)
+        self.context = kv_tokens if context is None else min(context, kv_tokens)
+        self.schedule = Schedule(memory.concurrent, kv_tokens, memory.step_tokens)
+        # The rows of a step, and the gates of the model.
         self._active: list[Job] = []  # the job of each row
+        self._rows = BatchedCache(one_token, kv_tokens)
+        self._packed = Packed(adapters)
+        self._gated: Sequence[Job] | None = None  # the rows whose gates are set
+        # What other threads tell the one that generates, under the lock of `_change`.
         self._change = threading.Condition()
-        self._pausing, self._inside = 0, 0  # how many wait for a pause or have one, and how many have one
+        self._waiting: list[Job] = []  # replaced or extended under the lock
+        self._pausing = 0  # how many threads wait for a pause or have one
+        self._inside = 0  # how many have one
         self._owed = False  # a step has to come before the next pause, since the last one kept sequences waiting
-        self._stepping, self._stopped = False, False
+        self._stepping = False
+        self._stopped = False
         self._thread: threading.Thread | None = None
+        # What it tells callers.
         self._news: list[Job] = []  # whose callers have not heard yet ...
         self._loop: asyncio.AbstractEventLoop | None = None  # ... and where they are
+
+    def _read_one_token(self) -> DynamicCache:
+        """The keys and values of some token, which tell their shapes."""
+        cache = DynamicCache()
+        token = torch.ones(1, 1, dtype=torch.int64, device=self._device)
+        with torch.inference_mode(), without_autocast(self._model)():
+            self._reader.forward(token, token, cache, {})
+        return cache
 
     def start(self) -> None:
         """Starts the thread that generates, unless it runs already."""
@@ -226,14 +254,15 @@ class Batching:
     @property
     def kv_tokens(self) -> tuple[int, int]:
         """How many tokens' keys and values are in use, padding included, and how many have room."""
-        return self.running * self._rows.columns, self._tokens
+        return self.running * self._rows.columns, self.schedule.kv_tokens
 
     async def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[News, None]:
         """Yields the tokens of answers as they come. A job that is set `left` ends; leaving the loop ends all of them.
 
         Raises TimeoutError after the deadline, on the event loop's clock; NotReady; what a step of an answer raised.
         """
-        self._loop, news = asyncio.get_running_loop(), jobs[0].news
+        self._loop = asyncio.get_running_loop()
+        news = jobs[0].news  # one event for all of them
         for job in jobs:
             job.news = news
         with self._change:
@@ -241,28 +270,29 @@ class Batching:
                 raise NotReady(STOPPED)
             self._waiting += jobs
             self._change.notify_all()
-        failures, heard = list[Exception](), dict.fromkeys(jobs, 0)
-
-        def late() -> None:
-            failures.append(TimeoutError())
-            news.set()
-
-        timer = None if deadline is None else self._loop.call_at(deadline, late)
+        late = asyncio.Event()
+        timers = [] if deadline is None else [self._loop.call_at(deadline, event.set) for event in (late, news)]
+        heard = dict.fromkeys(jobs, 0)  # how many tokens of each the caller has
         try:
             while not all(job.left for job in jobs):
                 await news.wait()
                 news.clear()
-                for job in (job for job in jobs if not job.left):
-                    reason, tokens = job.reason, tuple(job.tokens[heard[job] :])  # in this order
+                for job in jobs:
+                    if job.left:
+                        continue
+                    reason = job.reason  # before the tokens: it is set after the last one
+                    tokens = tuple(job.tokens[heard[job] :])
                     if tokens or reason is not None:
                         heard[job] += len(tokens)
                         yield job, tokens, reason
                         job.left = job.left or reason is not None
-                failures += [job.error for job in jobs if job.error is not None and not job.left]
-                if failures:
-                    raise failures[0]
+                for job in jobs:
+                    if job.error is not None and not job.left:
+                        raise job.error
+                if late.is_set() and not all(job.left for job in jobs):
+                    raise TimeoutError
         finally:
-            if timer is not None:
+            for timer in timers:
                 timer.cancel()
             with self._change:
                 for job in jobs:
@@ -301,14 +331,7 @@ class Batching:
         for job in self._active:
             job.ended = job.ended or job.left
         self._drop_waiting()
-        left = _STEP_TOKENS
-        # While more wait than run, as after a burst, reading goes on: the first tokens of all come sooner.
-        while left > 0 or (len(self._waiting) > self.running and not self._pausing):
-            if not (jobs := self._next(most := left if left > 0 else _STEP_TOKENS)):
-                break
-            left -= self._in_halves(jobs, partial(self._prefill, most))
-            self._drop_waiting()
-            self._hand_out()
+        self._read_prompts()
         self._compact()
         if self._active:
             self._in_halves(list(self._active), self._decode)
@@ -317,28 +340,23 @@ class Batching:
             self._compact()
         self._hand_out()
 
+    def _read_prompts(self) -> None:
+        """Reads prompts, as many as the schedule allows before the next step of the rows."""
+        read = 0
+        while not (self._pausing and read >= self.schedule.step_tokens):
+            running = [job for job in self._active if not job.ended]
+            room = self.schedule.room_to_read(read, self._waiting, running)
+            jobs = self.schedule.next_prompts(room, self._waiting, running) if room else []
+            if not jobs:
+                return
+            read += self._in_halves(jobs, partial(self._prefill, room))
+            self._drop_waiting()
+            self._hand_out()
+
     def _drop_waiting(self) -> None:
         """Those that do not wait any more leave the line."""
         with self._change:  # callers add jobs
             self._waiting = [job for job in self._waiting if not (job.begun or job.ended or job.left)]
-
-    def _next(self, most: int) -> list[Job]:
-        """The prompts that are read next: the first, and if it is short, others beside it, up to so many tokens with
-        padding; as many as there is room for, as long as they may become."""
-        running = [one for one in self._active if not one.ended]
-        jobs, longest = list[Job](), max((one.most for one in running), default=0)
-        for job in list(self._waiting):
-            rows, longest_now = len(running) + len(jobs) + 1, max(longest, job.most)
-            if rows > self._concurrent or rows * longest_now > self._tokens:
-                break
-            alone = job.cache is not None or job.chosen.end > 0 or len(job.prompt) > most
-            if jobs and (alone or (len(jobs) + 1) * max(len(one.prompt) for one in (*jobs, job)) > most):
-                continue
-            jobs.append(job)
-            longest = longest_now
-            if alone:
-                break
-        return jobs
 
     def _in_halves(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], int]) -> int:
         """The number of tokens that `work` reads of these jobs. After an error they are taken in halves, so that only a
@@ -355,68 +373,88 @@ class Batching:
 
     def _prefill(self, most: int, jobs: Sequence[Job]) -> int:
         """Reads prompts to the end, where they become rows, or so many tokens of one."""
-        cache = jobs[0].cache or self._beginning(jobs[0])
+        cache = jobs[0].cache or self._cached_prefix(jobs[0])
         start = cache.get_seq_length()
         parts = [job.prompt[start : len(job.prompt) - 1][:most] for job in jobs]
         width = max(map(len, parts))
         if width:
             pads = torch.tensor([width - len(part) for part in parts])[:, None]
             mask = (torch.arange(start + width) >= pads).long().to(self._device)
-            ids, positions = padded(parts, self._device, left=True)[0], start + torch.arange(width) - pads
+            ids, _ = padded(parts, self._device, left=True)
+            positions = start + torch.arange(width) - pads
             self._gated = None
-            with self._packed.opening(self._model, [job.chosen for job in jobs], pads):
+            with self._packed.opening(self._model, [job.held for job in jobs], pads):
                 self._reader.forward(ids, mask, cache, self._placed(positions.clamp_min(0)))
         if start + width < len(jobs[0].prompt) - 1:
             jobs[0].cache = cache
             return width
-        places = [i for i, job in enumerate(self._active) if job.ended][: len(jobs)]
-        places += range(len(self._active), len(self._active) + len(jobs) - len(places))
-        self._rows.join(cache, [len(job.prompt) - 1 for job in jobs], places)
-        for place, job in zip(places, jobs, strict=True):
-            self._active[place : place + 1] = [job]
-            job.cache, job.begun = None, True
+        self._give_rows(jobs, cache)
         return width * len(jobs)
 
-    def _beginning(self, job: Job) -> DynamicCache:
+    def _cached_prefix(self, job: Job) -> DynamicCache:
         """What is cached of a prompt, up to where adapters begin to act."""
-        pages = [] if self._prefix_cache is None else self._prefix_cache.find(job.prompt, job.chosen.end)
+        pages = [] if self._prefix_cache is None else self._prefix_cache.find(job.prompt, job.held.end)
         count = sum(page.tokens for page in pages)
         return laid_out([pages], [count]) if count else DynamicCache()
+
+    def _give_rows(self, jobs: Sequence[Job], cache: DynamicCache) -> None:
+        """Puts prompts that are read into rows: first those of ended answers, then new ones."""
+        ended = [row for row, job in enumerate(self._active) if job.ended]
+        rows = ended[: len(jobs)]
+        new = len(jobs) - len(rows)
+        rows += range(len(self._active), len(self._active) + new)
+        self._rows.join(cache, [len(job.prompt) - 1 for job in jobs], rows)
+        for row, job in zip(rows, jobs, strict=True):
+            self._active[row : row + 1] = [job]
+            job.cache = None
+            job.begun = True
 
     def _decode(self, jobs: Sequence[Job]) -> int:
         """Gives each of these rows, which follow one another, its next token."""
         self._rows.make_room()
         if self._gated != jobs:
             self._gated = None
-            self._packed.gate([job.chosen for job in jobs])
+            self._packed.gate([job.held for job in jobs])
             self._gated = jobs
         begin = self._active.index(jobs[0])
-        ids = torch.tensor([[(job.tokens or job.prompt)[-1]] for job in jobs], device=self._device)
         mask, positions, cache = self._rows.seen(begin, begin + len(jobs))
-        options = {**self._placed(positions), cache_argument(self._model) or "": cache, "use_cache": True}
-        found = self._model(input_ids=ids, attention_mask=mask.to(self._device), **options)
+        last_tokens = [[job.tokens[-1] if job.tokens else job.prompt[-1]] for job in jobs]
+        output = self._model(
+            input_ids=torch.tensor(last_tokens, device=self._device),
+            attention_mask=mask.to(self._device),
+            use_cache=True,
+            **{self._cache_name: cache},
+            **self._placed(positions),
+        )
         draws = [Draw(job.sampling, len(job.tokens)) for job in jobs]
-        for job, token in zip(jobs, next_tokens(found.logits[:, -1].float(), draws).tolist(), strict=True):
+        tokens = next_tokens(output.logits[:, -1].float(), draws).tolist()
+        for job, token in zip(jobs, tokens, strict=True):
             if token == NO_TOKEN:
                 self._fail(job, NotFinite(OVERFLOW))
-                continue
-            job.tokens.append(token)  # a reason comes later, so that no caller sees it without its token
-            full = len(job.tokens) == job.sampling.max_tokens
-            ended = token in self._ends or any(rule(job.tokens) for rule in self._rules)
-            job.reason = "stop" if ended else "length" if full else None
-            job.ended = job.reason is not None
-            self._news.append(job)
+            else:
+                self._take(job, token)
         return len(jobs)
 
+    def _take(self, job: Job, token: int) -> None:
+        """Adds a token to an answer, which may end with it."""
+        job.tokens.append(token)  # a reason comes later, so that no caller sees it without its token
+        if token in self._ends or any(rule(job.tokens) for rule in self._rules):
+            job.reason = "stop"
+        elif len(job.tokens) == job.sampling.max_tokens:
+            job.reason = "length"
+        job.ended = job.reason is not None
+        self._news.append(job)
+
     def _placed(self, positions: Tensor) -> dict[str, Any]:
+        """The positions of tokens, as an argument of the model."""
         return {"position_ids": positions.to(self._device)} if self._takes_positions else {}
 
     def _compact(self) -> None:
         """Drops rows that are not needed any more; the last ones take their places."""
-        for at in reversed(range(len(self._active))):
-            if self._active[at].ended:
-                self._rows.drop(at)
-                self._active[at] = self._active[-1]
+        for row in reversed(range(len(self._active))):
+            if self._active[row].ended:
+                self._rows.drop(row)
+                self._active[row] = self._active[-1]
                 self._active.pop()
 
     def _hand_out(self) -> None:
@@ -435,3 +473,21 @@ class Batching:
         self._news.append(job)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _servable_context(model: Any, context: int | None) -> int | None:
+    """The most tokens of a prompt and its answer, of which rows of any length may share steps; ModelError: they may not
+    share any."""
+    if not reusable(model, longer=False):
+        kept = "it keeps more of earlier tokens than keys and values"
+        raise ModelError(f"{type(model).__name__} cannot be served: {kept}; use LoGo.generate")
+    if reusable(model):
+        return context
+    # A row that is longer than the original context would turn the keys of the others in its batch.
+    config = text_config(model)
+    original = (config.rope_parameters or {}).get("original_max_position_embeddings") or config.max_position_embeddings
+    if context is not None and context <= original:
+        return context
+    most = f"a prompt and its answer may have {original} tokens together, the model's original context"
+    warnings.warn(f"long-rope: {most}", UserWarning, stacklevel=4)
+    return int(original)

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from logo.core import FinishReason
 from logo.serve.service import Service
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -23,36 +24,55 @@ class Metrics(Collector):
     `service`."""
 
     def __init__(self, service: Service) -> None:
-        self._service, self.registry = service, CollectorRegistry()
-        of = self.registry
-        self.prompt_tokens = Counter("logo:prompt_tokens", "Prompt tokens that were read.", registry=of)
-        self.generation_tokens = Counter("logo:generation_tokens", "Tokens that were generated.", registry=of)
-        self.success = Counter("logo:request_success", "Answers that ended.", ["finished_reason"], registry=of)
-        self.failure = Counter("logo:request_failure", "Requests that failed, by code.", ["reason"], registry=of)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...] = _SHORT) -> Histogram:
-            return Histogram(f"logo:{name}", text, buckets=buckets, registry=of)
-
-        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.")
-        self.inter_token = histogram("inter_token_latency_seconds", "Between the tokens of an answer.")
-        self.end_to_end = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _LONG)
-        self.probe = histogram("probe_seconds", "Probing, together with others.")
-        self.confidence = histogram("selection_confidence", "That the pool has an adapter for the prompt.", _TENTHS)
-        batching, adapters = service.batching, service.logo.adapter_cache
+        self._service = service
+        self.registry = CollectorRegistry()
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens that were read.")
+        self.failure = self._counter("request_failure", "Requests that failed, by code.", "reason")
+        self.probe = self._histogram("probe_seconds", "Probing, together with others.")
+        self.confidence = self._histogram(
+            "selection_confidence", "That the pool has an adapter for the prompt.", _TENTHS
+        )
+        self._generation_tokens = self._counter("generation_tokens", "Tokens that were generated.")
+        self._success = self._counter("request_success", "Answers that ended.", "finished_reason")
+        self._first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
+        self._inter_token = self._histogram("inter_token_latency_seconds", "Between the tokens of an answer.")
+        self._end_to_end = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _LONG)
+        batching = service.batching
+        adapter_cache = service.logo.adapter_cache
         for name, text, value in (
             ("num_requests_running", "Answers that are being generated.", lambda: batching.running),
             ("num_requests_waiting", "Requests that wait to be probed or generated.", lambda: service.waiting),
             ("kv_tokens_used", "Tokens whose keys and values are in memory.", lambda: batching.kv_tokens[0]),
             ("kv_tokens", "The most tokens whose keys and values may be.", lambda: batching.kv_tokens[1]),
-            ("adapter_bytes", "Memory of adapters.", lambda: adapters.bytes),
+            ("adapter_bytes", "Memory of adapters.", lambda: adapter_cache.bytes),
         ):
-            Gauge(f"logo:{name}", text, registry=of).set_function(value)
-        of.register(self)
-        ProcessCollector(registry=of)
+            Gauge(f"logo:{name}", text, registry=self.registry).set_function(value)
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"logo:{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _SHORT) -> Histogram:
+        return Histogram(f"logo:{name}", text, buckets=buckets, registry=self.registry)
+
+    def observe_tokens(self, count: int, are_first: bool, since_arrival: float, since_last: float) -> None:
+        """Counts new tokens of an answer, which came so many seconds after its request and after its last tokens."""
+        self._generation_tokens.inc(count)
+        if count and are_first:
+            self._first_token.observe(since_arrival)
+        elif count:
+            for _ in range(count):
+                self._inter_token.observe(since_last / count)
+
+    def observe_end(self, reason: FinishReason, since_arrival: float) -> None:
+        """Counts an answer that has ended."""
+        self._success.labels(reason).inc()
+        self._end_to_end.observe(since_arrival)
 
     def collect(self) -> Iterator[Metric]:
         """How often each adapter of the pool was selected."""
-        found = CounterMetricFamily("logo:adapter_selected", "Answers an adapter had a part in.", labels=["adapter"])
+        family = CounterMetricFamily("logo:adapter_selected", "Selections with an adapter.", labels=["adapter"])
         for name in list(self._service.adapters):
-            found.add_metric([name], self._service.selected[name])
-        yield found
+            family.add_metric([name], self._service.selected[name])
+        yield family

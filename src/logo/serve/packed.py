@@ -12,29 +12,38 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from logo.core import Selection
+from logo.adapters.adapter import Adapter
+from logo.api.replies import Chosen
 from logo.mixing.cache import AdapterCache, Hold, Stack, Stacks
 from logo.mixing.gates import Gates, OpeningGates, added, hooked, opening
 from logo.mixing.mixer import Mixture
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
+class HeldMixture:
     """The mixture of one prompt. Its adapters are held, so that the prompt is answered with them even if the pool
     changes, until `release` is called (or the garbage collector does it); they are loaded once `loaded` has returned.
-    For the times see `logo.api.bodies.mixture_reply`."""
 
-    selection: Selection
-    mixture: Mixture  # of the adapters that act on the prompt, which are in `hold` in this order
-    end: int  # the number of tokens before any adapter of the pool acts, which the base model alone reads
-    queue_ms: float
-    probe_ms: float
+    Attributes:
+        chosen: the selection that the mixture is of.
+        mixture: of the adapters that act on the prompt, which are in `hold` in this order.
+        end: the number of tokens before any adapter of the pool acts, which the base model alone reads.
+    """
+
+    chosen: Chosen
+    mixture: Mixture
+    end: int
     hold: Hold
     cache: AdapterCache = field(repr=False)
     release: Callable[[], object] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "release", weakref.finalize(self, self.cache.release, self.hold))
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The adapters that it holds."""
+        return [resident.adapter for resident in self.hold]
 
     async def loaded(self) -> None:
         """Waits until the adapters are loaded; LoGoError: one cannot be read, or has no room. After an error or a
@@ -66,7 +75,7 @@ class Packed:
         """The base model alone."""
         self._stacks = {}
 
-    def gate(self, rows: Sequence[Chosen]) -> None:
+    def gate(self, rows: Sequence[HeldMixture]) -> None:
         """Sets the mixtures of a batch of rows, in which all adapters act."""
         self.clear()  # frees the memory of the copies, should others be needed
         if used := _used(rows):
@@ -74,7 +83,7 @@ class Packed:
             self._gates, self._stacks = Gates(_placed(stacks, rows)[0]), stacks.modules
 
     @contextmanager
-    def opening(self, model: nn.Module, rows: Sequence[Chosen], pads: Tensor) -> Iterator[None]:
+    def opening(self, model: nn.Module, rows: Sequence[HeldMixture], pads: Tensor) -> Iterator[None]:
         """Sets the mixtures of prompts inside the block, with so many columns of padding in front (rows, 1)."""
         self.clear()
         stacks = Stacks.of(_used(rows))
@@ -91,11 +100,11 @@ class Packed:
         return None if stack is None else added(stack, self._gates, module, inputs, output)
 
 
-def _used(rows: Sequence[Chosen]) -> Hold:
+def _used(rows: Sequence[HeldMixture]) -> Hold:
     return tuple(dict.fromkeys(resident for row in rows for resident in row.hold))
 
 
-def _placed(stacks: Stacks, rows: Sequence[Chosen]) -> tuple[Tensor, Tensor]:
+def _placed(stacks: Stacks, rows: Sequence[HeldMixture]) -> tuple[Tensor, Tensor]:
     """The weight of each resident of the stacks in each row, and where it begins to act: (rows, n) each."""
     place = {resident: column for column, resident in enumerate(stacks.residents)}
     weights, begins = torch.zeros(len(rows), len(place)), torch.zeros(len(rows), len(place), dtype=torch.int64)

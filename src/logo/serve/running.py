@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from logo.api.guards import GuardSettings
+from logo.api.layers import guard
 from logo.serve.app import GRACE, AppSettings, create_app
-from logo.api.guards import GuardSettings, guard
 
 if TYPE_CHECKING:
     from logo.serve.service import Service

@@ -14,40 +14,39 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from logo.adapters.activation import earliest, warn_of_silent
-from logo.adapters.adapter import open_adapter
+from logo.adapters.adapter import Adapter, open_adapter
 from logo.adapters.pool import AdapterPool
+from logo.api.errors import ApiError, NotReady, bad_request, model_not_found
+from logo.api.names import MixtureRequest, Patterns, usable
+from logo.api.replies import Chosen, adapter_card
 from logo.core import Options, Prompt, Selection
 from logo.endings import at_stop_strings
 from logo.engine import Fitted, LoGo
-from logo.errors import CacheFull, LoGoError, PoolError, UsageError
+from logo.errors import CacheFull, LoGoError, PoolError, UsageError, listed
 from logo.mixing.mixer import Mixture
 from logo.selection.selector import forced, known
 from logo.serve.batching import STOPPED, Batching, Job, Memory, News
-from logo.api.bodies import adapter_card
-from logo.api.errors import ApiError, NotReady, model_not_found
-from logo.api.names import MixtureRequest, Patterns, usable
-from logo.serve.packed import Chosen
+from logo.serve.packed import HeldMixture
 
 _PROBED = 16  # the most prompts of a probe
 _AGAIN = 0.02  # seconds until a request whose adapters have no room looks for it again
-_PASSES = 32  # how many requests may pass one that waits for room
 _log = logging.getLogger("logo.serve")
 
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """A request that waits for its mixture, since a moment of `time.perf_counter`."""
+    """A prompt that waits for its mixture, since a moment of `time.perf_counter`."""
 
     prompt: Prompt
-    wanted: MixtureRequest
+    request: MixtureRequest
     since: float
-    future: Future[Chosen]
+    future: Future[HeldMixture]
 
 
 class Service:
@@ -64,25 +63,28 @@ class Service:
         if logo.probe_context != "base":
             why = "a server probes prompts together and in any order"
             raise UsageError(f"probe_context {logo.probe_context!r}: {why}; use 'base'")
-        shared = logo.prefix_cache if logo.fitted.read_once else None
+        prefix_cache = logo.prefix_cache if logo.fitted.read_once else None
+        end_rules = at_stop_strings(logo.model.generation_config, logo.tokenizer)
         self.logo = logo
-        stops = at_stop_strings(logo.model.generation_config, logo.tokenizer)
-        self.batching = Batching(logo.model, logo.adapter_cache, memory, logo.prompts.context, shared, stops)
-        self._room, self._open = memory.concurrent + max_queue, 0
+        self.batching = Batching(logo.model, logo.adapter_cache, memory, logo.prompts.context, prefix_cache, end_rules)
+        self.draining = False  # new requests are refused
+        self.selected = Counter[str]()  # the selections that each adapter was in
+        self.adapters = {adapter.name: adapter_card(adapter) for adapter in logo.fitted}  # replaced as a whole
+        self._most_answers = memory.concurrent + max_queue
+        self._admitted_answers = 0
         self._signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))  # the engine's own first
         self.signals = self._scoring()
-        self._worker, self._full, self._passes = ThreadPoolExecutor(1, "logo-select"), asyncio.Lock(), 0
+        self._selecting = ThreadPoolExecutor(1, "logo-select")
         self._line: deque[_Waiting] = deque()  # two threads may use its two ends
-        self.draining = False  # new requests are refused
-        self._told = set[str]()  # the adapters of which a warning says that they do not act
-        self.selected = Counter[str]()  # answers in which each adapter took part
-        self.adapters = {one.name: adapter_card(one) for one in logo.fitted}  # replaced as a whole
+        self._memory_turn = asyncio.Lock()  # of the request that waits for the memory of adapters
+        self._passes = 0  # how many requests have passed that one
+        self._silent = set[str]()  # the adapters of which a warning says that they do not act
 
     async def close(self) -> None:
         """Ends everything; requests in flight fail."""
         self.draining = True
         await asyncio.get_running_loop().run_in_executor(None, self.batching.stop)
-        self._worker.shutdown()
+        self._selecting.shutdown()
 
     @property
     def ready(self) -> bool:
@@ -91,7 +93,7 @@ class Service:
 
     @property
     def waiting(self) -> int:
-        """The number of requests that wait to be probed or generated."""
+        """The number of prompts and answers that wait to be probed or generated."""
         return len(self._line) + self.batching.waiting
 
     def usable(self, patterns: Patterns | None) -> Collection[str]:
@@ -104,141 +106,210 @@ class Service:
         are accepted; UsageError: there can never be room."""
         if not self.ready:
             raise NotReady("the server is shutting down" if self.draining else STOPPED)
-        if count > self._room:
-            said = f"this request asks for {count} answers, and this server takes at most {self._room} at a time"
-            raise UsageError(f"{said}; send fewer prompts, or a smaller n")
-        if self._open + count > self._room:
-            said = "too many requests are waiting; try again in 1 s"
-            raise ApiError(429, said, "rate_limit_error", None, "queue_full", {"Retry-After": "1"})
-        self._open += count
+        if count > self._most_answers:
+            most = (
+                f"this request asks for {count} answers, and this server takes at most {self._most_answers} at a time"
+            )
+            raise UsageError(f"{most}; send fewer prompts, or a smaller n")
+        if self._admitted_answers + count > self._most_answers:
+            advice = "too many requests are waiting; try again in 1 s"
+            raise ApiError(429, advice, "rate_limit_error", None, "queue_full", {"Retry-After": "1"})
+        self._admitted_answers += count
         try:
             yield
         finally:
-            self._open -= count
+            self._admitted_answers -= count
 
-    async def choose(self, prompt: Prompt, wanted: MixtureRequest, *, waits: bool = True) -> Chosen:
-        """The mixture for a prompt, with its adapters loaded.
+    async def select(self, prompts: Sequence[Prompt], request: MixtureRequest) -> list[HeldMixture | BaseException]:
+        """For each prompt of a request the mixture that answers it, whose adapters begin to load (see `load`), or the
+        error for it. Prompts of several requests are probed together.
 
-        Args:
-            waits: whether to wait until other requests give back the memory that the adapters need. Prompts of one
-                request must not, since they would wait for each other.
+        Errors are LoGoError or ApiError: an adapter or signal that does not exist, a weight or k that cannot be used, a
+        prompt for which no adapter fits, generation that has stopped.
+        """
+        await self._let_pass(request)
+        futures = []
+        for prompt in prompts:
+            waiting = _Waiting(prompt, request, time.perf_counter(), Future())
+            self._line.append(waiting)
+            self._selecting.submit(self._select_waiting)  # for all that wait by then: later calls may find none
+            futures.append(asyncio.wrap_future(waiting.future))
+        return await asyncio.gather(*futures, return_exceptions=True)
+
+    async def load(self, mixtures: Sequence[HeldMixture]) -> list[HeldMixture]:
+        """The mixtures of a request's prompts, with their adapters loaded; waits until other requests give back the
+        memory that they need together. After an error or a cancellation nothing is held.
 
         Raises:
-            LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used, an adapter that
-                cannot be read.
-            CacheFull: the memory for adapters is too small for them, or, unless it `waits`, in use.
+            LoGoError: an adapter cannot be read, or overflows the dtype of mixtures.
+            ApiError: the adapters can never have room together.
         """
-        self._passes += self._full.locked()
-        if waits and self._passes > _PASSES:  # else one that waits for room might wait for ever
-            async with self._full:
-                pass
-        future = Future[Chosen]()
-        self._line.append(_Waiting(prompt, wanted, time.perf_counter(), future))
-        self._worker.submit(self._choose)  # for all that wait by then, so that later calls may find none
-        chosen = await asyncio.wrap_future(future)
-        cache, adapters = self.logo.adapter_cache, [resident.adapter for resident in chosen.hold]
         try:
-            await chosen.loaded()  # here, so that nobody else waits for adapters that are not loaded yet
-            return chosen
+            for mixture in mixtures:
+                await mixture.loaded()  # here, so that no other request waits for adapters that are not loaded yet
+            return list(mixtures)
         except CacheFull:
-            if not waits or not cache.has_room(adapters, alone=True):
-                raise
-        async with self._full:  # in turn, since several would take what becomes free from each other
+            _release(mixtures)  # others may need what was loaded, and it would stay while this request waits
+        except BaseException:
+            _release(mixtures)
+            raise
+        self._check_fits(mixtures)
+        async with self._memory_turn:  # in turn, since several would take what becomes free from each other
             self._passes = 0
-            while True:
-                if cache.has_room(adapters):
-                    chosen = replace(chosen, hold=cache.reserve(adapters))
-                    with suppress(CacheFull):
-                        await chosen.loaded()
-                        return chosen
-                await asyncio.sleep(_AGAIN)
+            return await self._loaded_when_there_is_room(mixtures)
+
+    async def _let_pass(self, request: MixtureRequest) -> None:
+        """Waits behind a request that waits for the memory of adapters, if that was passed often enough."""
+        needs_adapters = request.adapters is None or any(request.adapters.values())
+        someone_waits = self._memory_turn.locked()
+        if self.batching.schedule.waits_for_memory(needs_adapters, someone_waits, self._passes):
+            async with self._memory_turn:
+                pass
+        elif needs_adapters and someone_waits:
+            self._passes += 1
+
+    def _check_fits(self, mixtures: Sequence[HeldMixture]) -> None:
+        """Raises ApiError if the adapters of a request have no room even if no other request holds any."""
+        cache = self.logo.adapter_cache
+        adapters = _adapters_of(mixtures)
+        if not cache.has_room(adapters, alone=True):
+            size = sum(adapter.parameters for adapter in adapters) * cache.dtype.itemsize
+            names = listed([repr(adapter.name) for adapter in adapters])
+            raise bad_request(
+                f"adapters {names}: together they need {size / 1e6:.1f} MB, and this server has room for "
+                f"{cache.budget / 2e6:.1f} MB of adapters at a time: ask for fewer of them (logo.k), or start it with "
+                "more memory for adapters (--adapter-memory-gb)",
+                code="adapters_too_large",
+            )
+
+    async def _loaded_when_there_is_room(self, mixtures: Sequence[HeldMixture]) -> list[HeldMixture]:
+        cache = self.logo.adapter_cache
+        adapters = _adapters_of(mixtures)
+        while True:
+            if cache.has_room(adapters):
+                again = [replace(mixture, hold=cache.reserve(mixture.adapters)) for mixture in mixtures]
+                try:
+                    for mixture in again:
+                        await mixture.loaded()
+                    return again
+                except CacheFull:  # another request was quicker
+                    _release(again)
+                except BaseException:
+                    _release(again)
+                    raise
+            await asyncio.sleep(_AGAIN)
 
     def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[News, None]:
         """See `Batching.generate`."""
-        self.selected.update(name for job in jobs for name in job.chosen.selection.adapters)
         return self.batching.generate(jobs, deadline)
 
-    def _choose(self) -> None:
-        """Takes requests that wait and selects for all of them together; runs in the thread that selects."""
-        batch, found = self._taken(_PROBED), dict[_Waiting, Selection | Exception]()
+    # -- in the thread that selects ------------------------------------------------------------------------------------
+
+    def _select_waiting(self) -> None:
+        """Takes prompts that wait, and selects for all of them together."""
+        batch = self._taken(_PROBED)
+        selections: dict[_Waiting, Selection | Exception] = {}
         began = time.perf_counter()
-        if any(one.wanted.adapters is None for one, _ in batch):
+        if any(waiting.request.adapters is None for waiting, _ in batch):
             try:
                 with self.batching.paused():
-                    # Requests that came while the step before this pause was computed share its probe.
+                    # Prompts that came while the step before this pause was computed share its probe.
                     batch += self._taken(_PROBED - len(batch))
                     began = time.perf_counter()
-                    rows = [(one, call) for one, call in batch if one.wanted.adapters is None]
-                    made = self._probed([one.prompt for one, _ in rows], [call for _, call in rows])
-                    found = {one: selection for (one, _), selection in zip(rows, made, strict=True)}
+                    selections = self._probed(batch)
             except Exception as error:  # generation cannot be paused: it has ended
-                found = {one: error for one, _ in batch}
-        took = 1e3 * (time.perf_counter() - began)
-        for one, call in batch:
-            with _told(one.future):
-                if gone := [name for name in one.wanted.adapters or () if name not in self.logo.fitted]:
-                    raise model_not_found(gone[0])  # since the request came
-                chosen = found.get(one) or forced(one.wanted.adapters or {}, self.logo.fitted, call.candidates)
-                if isinstance(chosen, Exception):
-                    raise chosen
-                times = 1e3 * (began - one.since), took if one in found else 0.0
-                one.future.set_result(self._held(chosen, one.prompt.ids, *times))
+                selections = {waiting: error for waiting, _ in batch}
+        probe_ms = 1e3 * (time.perf_counter() - began)
+        for waiting, options in batch:
+            with _errors_to(waiting.future):
+                queue_ms = 1e3 * (began - waiting.since)
+                selection = selections.get(waiting)
+                if isinstance(selection, Exception):
+                    raise selection
+                if selection is None:
+                    chosen = Chosen(self._named(waiting.request, options), 0.0, queue_ms)
+                else:
+                    chosen = Chosen(selection, probe_ms, queue_ms)
+                    self.selected.update(selection.adapters)
+                waiting.future.set_result(self._held(chosen, waiting.prompt.ids))
 
-    def _held(self, selection: Selection, ids: Sequence[int], queue_ms: float, probe_ms: float) -> Chosen:
+    def _named(self, request: MixtureRequest, options: Options) -> Selection:
+        """The mixture that a request names; ApiError: an adapter has gone since it came."""
+        weights = request.adapters or {}
+        for name in weights:
+            if name not in self.logo.fitted:
+                raise model_not_found(name)
+        return forced(weights, self.logo.fitted, options.candidates)
+
+    def _probed(self, batch: Sequence[tuple[_Waiting, Options]]) -> dict[_Waiting, Selection | Exception]:
+        """The selection of each prompt that is to be probed, or its error. Generation is paused meanwhile."""
+        probed = [(waiting, options) for waiting, options in batch if waiting.request.adapters is None]
+        prompts = [waiting.prompt for waiting, _ in probed]
+        outcomes = self._outcomes(prompts, [options for _, options in probed])
+        return {waiting: outcome for (waiting, _), outcome in zip(probed, outcomes, strict=True)}
+
+    def _outcomes(self, prompts: list[Prompt], options: list[Options]) -> list[Selection | Exception]:
+        try:
+            return [*self.logo.outcomes(prompts, options, _PROBED)]
+        except Exception as error:
+            if len(prompts) == 1:
+                return [error]
+        # One prompt that cannot be scored must not make the others fail, so each is scored alone.
+        outcomes: list[Selection | Exception] = []
+        for prompt, options_of_prompt in zip(prompts, options, strict=True):
+            outcomes += self._outcomes([prompt], [options_of_prompt])
+        return outcomes
+
+    def _held(self, chosen: Chosen, ids: Sequence[int]) -> HeldMixture:
         """The mixture of a selection, whose adapters begin to load; UsageError: see `Mixture.of`."""
-        pool, cache = self.logo.fitted, self.logo.adapter_cache
-        asked = {name: weight for name, weight in selection.mixture.items() if weight}
-        mixture = Mixture.of(pool, asked, ids)
-        warn_of_silent((name for name in asked if name not in mixture.weights), self._told)
+        pool = self.logo.fitted
+        weights = {name: weight for name, weight in chosen.selection.mixture.items() if weight}
+        mixture = Mixture.of(pool, weights, ids)
+        warn_of_silent((name for name in weights if name not in mixture.weights), self._silent)
+        cache = self.logo.adapter_cache
         hold = cache.reserve([pool[name] for name in mixture.weights])
-        return Chosen(selection, mixture, earliest(pool.activations, ids), queue_ms, probe_ms, hold, cache)
+        return HeldMixture(chosen, mixture, earliest(pool.activations, ids), hold, cache)
 
     def _taken(self, count: int) -> list[tuple[_Waiting, Options]]:
-        """At most `count` requests of the line, with their options; those whose options are wrong are told so."""
+        """At most `count` prompts of the line, with their options; those whose options are wrong are told so."""
         taken: list[tuple[_Waiting, Options]] = []
         while self._line and len(taken) < count:
             waiting = self._line.popleft()
             if waiting.future.set_running_or_notify_cancel():
-                with _told(waiting.future):
-                    taken.append((waiting, self._options(waiting.wanted)))
+                with _errors_to(waiting.future):
+                    taken.append((waiting, self._options(waiting.request)))
         return taken
 
-    def _options(self, wanted: MixtureRequest) -> Options:
+    def _options(self, request: MixtureRequest) -> Options:
         """A request's options, checked against the pool as it is now."""
-        options, pool = wanted.options.copy(), self.logo.fitted
-        if wanted.usable is not None and wanted.adapters != {}:
-            names = self.usable(wanted.usable)
+        options = request.options.copy()
+        pool = self.logo.fitted
+        if request.usable is not None and request.adapters != {}:
+            names = self.usable(request.usable)
             if not names:
                 raise PoolError("none of the adapters that this API key may use is in the pool")
             options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
-        if k := options.get("k"):  # a larger k means all adapters; a client's k gives no warning in the server
-            options["k"] = min(k, len(options.get("candidates") or pool))
+        if options.get("k"):  # a larger k means all adapters; a client's k gives no warning in the server
+            options["k"] = min(options["k"], len(options.get("candidates") or pool))
         return self.logo.options(**options)
-
-    def _probed(self, rows: list[Prompt], asked: list[Options]) -> list[Selection | Exception]:
-        """The selection of each prompt, or the error that it failed with. Generation is paused meanwhile."""
-        try:
-            return [*self.logo.outcomes(rows, asked, _PROBED)]
-        except Exception as error:
-            if len(rows) == 1:
-                return [error]
-        # One prompt that cannot be scored must not make the others fail, so each is scored alone.
-        return [found for row, one in zip(rows, asked, strict=True) for found in self._probed([row], [one])]
 
     async def add(self, folder: Path, name: str, *, replace: bool = False) -> None:
         """Opens an adapter folder and adds it to the pool, or replaces the adapter of this name; after a LoGoError, as
         when it cannot be used or scored, or is there already, nothing has changed."""
-        await asyncio.get_running_loop().run_in_executor(self._worker, self._add, folder, name, replace)
+        await asyncio.get_running_loop().run_in_executor(self._selecting, self._add, folder, name, replace)
 
     async def remove(self, name: str) -> None:
         """Removes an adapter from the pool, but not the last one, which raises a LoGoError; requests that have selected
         it are still answered with it."""
-        await asyncio.get_running_loop().run_in_executor(self._worker, self._remove, name)
+        await asyncio.get_running_loop().run_in_executor(self._selecting, self._remove, name)
 
     def _add(self, folder: Path, name: str, replace: bool) -> None:
-        pool, adapter = self.logo.pool.value, open_adapter(folder, name)
+        pool = self.logo.pool.value
+        adapter = open_adapter(folder, name)
         adapter.verify()  # finds what is not finite
-        self._change((pool.remove(name) if replace and name in pool else pool).add(adapter), name)
+        if replace and name in pool:
+            pool = pool.remove(name)
+        self._change(pool.add(adapter), name)
 
     def _remove(self, name: str) -> None:
         pool = self.logo.pool.value
@@ -255,15 +326,16 @@ class Service:
             if new is not None and new not in prepared.fitted:  # an engine that skips adapters that do not fit
                 raise next(error for error in prepared.fitted.refused if error.name == new)
             # Cards are kept, since files may be removed later, and made before the change, since reading one may fail.
-            kept = {name: card for name, card in self.adapters.items() if name != new}
-            cards = {one.name: kept.get(one.name) or adapter_card(one) for one in prepared.fitted}
+            old_cards = {name: card for name, card in self.adapters.items() if name != new}
+            cards = {adapter.name: old_cards.get(adapter.name) or adapter_card(adapter) for adapter in prepared.fitted}
             self.logo.take(prepared)
-        self.adapters, self.signals = cards, signals
+        self.adapters = cards
+        self.signals = signals
 
     def _scoring(self, prepared: Fitted | None = None) -> tuple[str, ...]:
         """Calibrates a pool (None: the present one) for every signal, and returns those that can score it; LoGoError:
         the engine's own cannot."""
-        found = []
+        scoring = []
         for signal in self._signals:
             try:
                 self.logo.calibrate(signal, prepared=prepared)
@@ -272,12 +344,12 @@ class Service:
                     raise
                 _log.info("requests cannot ask for the signal %r: %s", signal, error)
             else:
-                found.append(signal)
-        return tuple(found)
+                scoring.append(signal)
+        return tuple(scoring)
 
 
 @contextmanager
-def _told(future: Future[Any]) -> Iterator[None]:
+def _errors_to(future: Future[Any]) -> Iterator[None]:
     """Whoever waits is told what the block raises."""
     try:
         yield
@@ -286,3 +358,13 @@ def _told(future: Future[Any]) -> Iterator[None]:
             _log.exception("a request cannot be given its mixture")
         # The traceback's frames refer to mixtures of the batch's other requests, which would stay held.
         future.set_exception(error.with_traceback(None))
+
+
+def _adapters_of(mixtures: Sequence[HeldMixture]) -> list[Adapter]:
+    """The adapters of some mixtures, each file once."""
+    return list({adapter.file: adapter for mixture in mixtures for adapter in mixture.adapters}.values())
+
+
+def _release(mixtures: Sequence[HeldMixture]) -> None:
+    for mixture in mixtures:
+        mixture.release()

@@ -19,7 +19,7 @@ import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -33,14 +33,15 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 
 from logo.adapters.pool import AdapterPool
-from logo.core import Options, Prompt, Selection
+from logo.api import bodies
+from logo.api.errors import ApiError, bad_request, failed, not_found, shown
+from logo.api.guards import Admission, GuardSettings, response
+from logo.api.names import AUTO, Models, check_pool
+from logo.api.replies import Chosen, adapter_card, adapter_list, model_card
+from logo.core import Options, Prompt
 from logo.errors import LoGoError, UsageError
 from logo.prompts import PLAIN_CHAT, asked_text, begun, read
 from logo.selection.selector import forced
-from logo.api import bodies
-from logo.api.errors import ApiError, bad_request, failed, not_found, shown
-from logo.api.guards import Access, GuardSettings, response
-from logo.api.names import AUTO, Models, check_pool
 from logo.vllm.engine import Engine, Served
 from logo.vllm.metrics import Counts
 from logo.vllm.options import VllmOptions, log
@@ -55,6 +56,7 @@ _HARMLESS = re.compile(
     "|reset_(prefix|mm|encoder)_cache|v1/messages/count_tokens|v1/responses/[^/]+/cancel|cohere/v2/chat/render"
     "|v1/(completions|chat/completions|messages|responses)/(de)?render)"
 )
+MAX_BODY = 32_000_000  # bytes of a request, which may hold pictures
 NOT_FINITE = (
     "the model's logits are NaN, so nothing can be generated from them: an adapter, or the base model, is too large "
     "for the model's dtype; leave that adapter out, or use float32"
@@ -79,9 +81,9 @@ class Routes:
             posted |= {"/v1/load_lora_adapter": _load, "/v1/unload_lora_adapter": _unload}
         if options is not None:  # vLLM asks for keys on some paths, but neither for the host nor for the origin
             keys = tuple(key for key in app.state.args.api_key or [envs.VLLM_API_KEY] if key)
-            guards = GuardSettings(options.host, keys, 0, options.hosts, options.origins)
+            guards = GuardSettings(options.host, keys, MAX_BODY, options.hosts, options.origins)
             app.add_middleware(Ours, paths=tuple(posted))
-            app.add_middleware(Access, settings=guards, opened=_OPEN)
+            app.add_middleware(Admission, settings=guards, opened=_OPEN)
         for path, route in posted.items():
             app.post(path, dependencies=[Depends(validate_json_request)])(with_cancellation(load_aware_call(route)))
         app.get("/v1/models")(_models)
@@ -166,20 +168,12 @@ class Mixing:
         return getattr(self._client, name)
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The selection for one prompt, and how long its probe took, of which vLLM's queue is a part."""
-
-    selection: Selection
-    probe_ms: float = 0.0
-
-
 class Logo:
     """LoGo in a server, as `app.state.logo`: an open engine, and the names of the base model alone."""
 
     def __init__(self, engine: Engine, names: Sequence[str]) -> None:
         self.engine, self.bases, self.base, self.counts = engine, names, names[0], Counts()
-        self.cards = {one.name: bodies.adapter_card(one) for one in self.pool}  # kept: files may be removed later
+        self.cards = {one.name: adapter_card(one) for one in self.pool}  # kept: files may be removed later
 
     @classmethod
     async def opened(cls, client: Any, state: Any) -> Logo:
@@ -206,7 +200,7 @@ class Logo:
         """See `Engine.change`."""
         await self.engine.change(kind, name, folder)
         kept = {other: card for other, card in self.cards.items() if other != name}
-        self.cards = {one.name: kept.get(one.name) or bodies.adapter_card(one) for one in self.pool}
+        self.cards = {one.name: kept.get(one.name) or adapter_card(one) for one in self.pool}
 
     def names(self, served: Served | None = None) -> Models:
         """The names that requests may give as `model`, for a pool (None: as it is now)."""
@@ -259,7 +253,7 @@ class Logo:
         made = await getattr(own, by[1])(request, raw)
         if isinstance(made, ErrorResponse):
             return JSONResponse(made.model_dump(), made.error.code)
-        told = [bodies.mixture_reply(one.selection, one.probe_ms, 0.0) for one in chosen]
+        told = [one.reply() for one in chosen]
         field = told if several else told[0]
         if hasattr(made, "model_dump"):
             return JSONResponse({**made.model_dump(mode="json", by_alias=True), "logo": field})
@@ -392,8 +386,7 @@ async def _select(request: bodies.SelectRequest, raw_request: Request) -> Respon
         asked = ChatCompletionRequest(model=logo.base, **given)
         row, [whole] = await _conversation(logo, asked, raw_request), await _rendered(asked, raw_request)
     [chosen], _ = await logo.choose(request.model, request.logo, [row])
-    found = bodies.mixture_reply(chosen.selection, chosen.probe_ms, 0.0)
-    return JSONResponse({**found, "scores": chosen.selection.scores, "tokens": len(whole.ids)})
+    return JSONResponse(chosen.reply_with_scores(len(whole.ids)))
 
 
 async def _load(request: bodies.LoadAdapter, raw_request: Request) -> Response:
@@ -426,9 +419,9 @@ async def _models(raw_request: Request) -> Response:
     logo = _logo(raw_request)
     listed = (await raw_request.app.state.openai_serving_models.show_available_models()).model_dump()
     own = [{**card, "logo": {"role": "base"}} for card in listed["data"]]
-    about = {**listed["data"][0], "owned_by": "logo", "root": logo.base}
-    roles = [(AUTO, "auto", None), *((name, "adapter", logo.base) for name in logo.pool.names)]
-    cards = [{**about, "id": name, "parent": parent, "logo": {"role": role}} for name, role, parent in roles]
+    about = {**listed["data"][0], "owned_by": "logo"}
+    cards = [model_card(AUTO, "auto", logo.base, about)]
+    cards += [model_card(name, "adapter", logo.base, about) for name in logo.pool.names]
     return JSONResponse({**listed, "data": [*own, *cards]})
 
 
@@ -437,7 +430,7 @@ async def _adapters(raw_request: Request) -> Response:
     logo = _logo(raw_request)
     opened, how = tuple(logo.engine.served.opened), logo.engine.options.settings
     cards = logo.cards.values(), logo.counts.chosen
-    return JSONResponse(bodies.adapter_list(logo.base, how.k_of(logo.pool), opened, how, *cards))
+    return JSONResponse(adapter_list(logo.base, how.k_of(logo.pool), opened, how, *cards))
 
 
 async def _refusal(request: Request, error: Exception) -> Response:
