@@ -25,7 +25,7 @@ from torch import nn
 import tiny
 from logo.adapters.adapter import LoraWeights
 from logo.adapters.peft import LoraModule
-from logo.selection.index import ScoringIndex, Wanted, read_indices
+from logo.selection.index import IndexRequest, ScoringIndex, read_indices
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening
 
@@ -258,5 +258,5 @@ def index_of(factors: Iterable[tuple[torch.Tensor, torch.Tensor]], whitening: Wh
         weights = LoraWeights(a, b, 1.0)
         name = dict.fromkeys(("name", "file", "digest"), str(number))
         adapters.append(SimpleNamespace(**name, modules={"layer.module": module}, read=partial(same_for, weights)))
-    [index] = read_indices([Wanted(adapters, point, torch.device("cpu"), whitening)])
+    [index] = read_indices([IndexRequest(adapters, point, torch.device("cpu"), whitening)])
     return index

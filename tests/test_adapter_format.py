@@ -197,6 +197,22 @@ def test_what_is_in_a_file_later_is_never_taken_for_what_was_opened(tmp_path: Pa
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_what_was_read_stays_whatever_happens_to_the_file(tmp_path: Path) -> None:
+    """It may be written to in place, or be cut short, on which a view of it would end the process."""
+    adapter = open_adapter(write(tmp_path / "a"))
+    weights = adapter.read()
+    before = {path: (one.A.clone(), one.B.clone()) for path, one in weights.items()}
+    content = (tmp_path / "a" / SAFETENSORS).read_bytes()
+    with open(tmp_path / "a" / SAFETENSORS, "r+b") as file:
+        file.seek(-len(content) // 2, os.SEEK_END)
+        file.write(b"\x11" * (len(content) // 2))
+    for path, one in weights.items():
+        assert torch.equal(one.A, before[path][0]) and torch.equal(one.B, before[path][1])
+    os.truncate(tmp_path / "a" / SAFETENSORS, 0)
+    for path, one in weights.items():
+        assert torch.equal(one.A, before[path][0]) and torch.equal(one.B, before[path][1])
+
+
 def test_reading_some_modules_reads_only_those(tmp_path: Path) -> None:
     adapter = open_adapter(damage(write(tmp_path), float("nan")))
     other = f"model.layers.0.{V}"
@@ -294,6 +310,7 @@ KEYS = st.sampled_from(
         *("q_proj", "v_proj", "proj", "self_attn.q_proj", "layers.0.self_attn.q_proj", "layers.1.self_attn.v_proj"),
         *("model.layers.1.self_attn.q_proj", ".*", r".*\.v_proj", "q_proj|v_proj", "(q|v)_proj", ".*_proj"),
         *(r"layers\.[01]\..*", r"layers\.\d+\.self_attn\.(q|v)_proj", "^model.layers.1.*", "^layers.0.*", "1.*"),
+        *("(model.)?layers.1.*", r".*layers\.\d+\..*v_proj"),
     ]
 )
 
@@ -343,6 +360,44 @@ def test_a_rank_pattern_that_lost_its_order_when_peft_saved_it_is_refused(tmp_pa
         load_peft(tmp_path)
     edit_config(tmp_path, rank_pattern={"q_proj": 3, ".*": 2})
     assert open_adapter(tmp_path).ranks == (2, 3)
+
+
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(r"(\w+\.?)+x", "(.*)*x", r"(?:(?:\w*)*)*x", r"(\w|\.|[a-z])*x", "(m?o?d?){60}x", "(m|mo|mod){1,60}x"),
+        *(".*" * 12 + "x", ".?" * 30 + ".{30}x", "(|.)?" * 30 + "x", "(.*|m|)" * 30 + "x"),
+        *(r"(.*)(.*)\3\4\3\4x", r"(?x:(\w+) +)x", "(?=(.*)*x)y", "x)|(.*)*(x"),
+    ],
+)
+def test_a_pattern_that_takes_for_ever_is_refused(setting: str, key: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a")
+    edit_config(folder, **{setting: {key: 4}})
+    reason = refusal(folder).reason
+    assert reason.startswith(f"{setting} has the key {json.dumps(key)[:40]}")
+    assert "may take for ever to match: expected names of modules, with few wildcards" in reason
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(".*", r".*\.layers\.\d+\..*proj", r"(model\.)?layers\.\d{1,2}\.self_attn\.(q|k|v)_proj", r"[^.]*_proj"),
+        "|".join(rf"model\.layers\.{layer}\.self_attn\.{name}" for layer in range(99) for name in ("q_proj", "v_proj")),
+        rf"layers\.({'|'.join(map(str, range(99)))})\.(self_attn|mlp)\.(q_proj|v_proj|up_proj)",
+    ],
+)
+def test_a_pattern_as_people_write_them_is_matched(key: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", lora_alpha=8)
+    edit_config(folder, alpha_pattern={key: 16})
+    assert {module.scaling for module in open_adapter(folder).modules.values()} == {4.0}
+
+
+def test_a_name_that_is_too_long_to_be_one_is_refused(tmp_path: Path) -> None:
+    """A search in it would take as many steps as the square of its length."""
+    key = f"base_model.model.{'.lora_A' * 100}.weight"
+    folder = write(tmp_path / "a", {**tensors(), key: torch.ones(2, 2)})
+    assert refusal(folder).reason.endswith(f"has a name of {len(key)} characters, more than 500")
 
 
 def test_every_setting_of_the_installed_peft_is_known() -> None:

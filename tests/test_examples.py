@@ -136,13 +136,13 @@ def test_scores_among_candidates_are_those_of_a_pool_of_them(among: list[bool], 
     if not bool((which & known).any()):
         return
     examples = Examples.of([space], [means[known]], known, torch.arange(3), (0,))
-    found, some = examples.scores(descriptions, responses, which[None]), responses[:, which]
+    found, some = examples.add_to(responses, descriptions, which[None]), responses[:, which]
     owners = torch.arange(int((known & which).sum()))
     alone = Examples.of([space], [means[known & which]], known[which], owners, (0,))
-    torch.testing.assert_close(found[:, which], alone.scores(descriptions, some))
+    torch.testing.assert_close(found[:, which], alone.add_to(some, descriptions))
     assert bool((found[:, ~which] == -torch.inf).all())
     share = int((which & known).sum()) / int(which.sum())
-    counted = alone.scores(descriptions, some + 1) - alone.scores(descriptions, some)
+    counted = alone.add_to(some + 1, descriptions) - alone.add_to(some, descriptions)
     assert float(counted[0, known[which]][0]) == pytest.approx(1 - REPLACED * share, abs=1e-4)
 
 

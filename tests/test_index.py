@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from logo import LoGo
-from logo.adapters.peft import WeightFile
+from logo.adapters.peft import SAFETENSORS, WeightFile
 from logo.models import skeleton
 from logo.selection import calibration, whitening
 from logo.selection.calibration import weight_norm
@@ -30,6 +31,8 @@ from logo.vllm.skeleton import skeleton as skeleton_of
 from make_adapters import index_of
 from test_engine import engine, write_adapter
 from tolerances import same_tensor
+
+PROMPT = "the cat sat on the mat"
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,33 @@ def test_only_new_adapters_are_read_when_a_pool_changes(model: Any, folder: Path
         assert new.stacked[kept[adapter.name]].equal(old.stacked[rows])
 
 
+def test_only_new_adapters_are_read_for_whole_responses(model: Any, folder: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "new", model, ("q_proj", "v_proj"), rank=2, seed=9)
+    logo = opened(model, folder, signal="entropy")
+    before = logo.select(PROMPT).scores
+    logo.pool.add(tmp_path / "new")
+    with files_read() as seen:
+        added = logo.select(PROMPT).scores
+        logo.pool.remove("new")
+        removed = logo.select(PROMPT).scores
+    assert seen.keys() == {"new"}
+    assert {name: added[name] for name in before} == pytest.approx(before, rel=1e-5) and removed == before
+
+
+def test_scores_are_those_of_the_files_that_were_opened(model: Any, folder: Path, tmp_path: Path) -> None:
+    """Also if a file is written to in place, or cut short, on which a view of it would end the process."""
+    pool = Path(shutil.copytree(folder, tmp_path / "pool"))
+    logo = opened(model, pool, signal="entropy")
+    before = logo.select(PROMPT).scores
+    file = pool / "t1" / SAFETENSORS
+    with open(file, "r+b") as stream:
+        stream.seek(-file.stat().st_size // 2, os.SEEK_END)
+        stream.write(b"\x11" * (file.stat().st_size // 2))
+    assert logo.select(PROMPT).scores == before
+    os.truncate(file, 0)
+    assert logo.select(PROMPT).scores == before
+
+
 def test_passes_of_bounded_size_measure_the_same(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = opened(model, folder, signal="calibrated").calibrate()
     monkeypatch.setattr(calibration, "_HELD_BYTES", 1)  # one layer and one index at a time
@@ -99,14 +129,14 @@ def test_points_that_read_the_same_vectors_are_scored_together(model: Any, folde
     """q and v of a layer read the same ones, o reads others; the scores are those of each point alone."""
     scorer = opened(model, folder, signal="calibrated").scorer
     layers = [(point.layer, point.module.endswith("o_proj")) for point in scorer.points]
-    assert len(scorer.joined) < len(scorer.points)
-    assert [layers[at] for at, _ in scorer.joined] == [layer for layer, _ in itertools.groupby(layers)]
+    assert len(scorer.places) < len(scorer.points)
+    assert [layers[place.first] for place in scorer.places] == [layer for layer, _ in itertools.groupby(layers)]
     hidden = {layer: torch.randn(5, scorer.indices[0].stacked.shape[1]) for layer in layers}
     alone = [scorer.signal(one, hidden[layer]) for one, layer in zip(scorer.indices, layers, strict=True)]
-    together = [scorer.signal(one, hidden[layers[at]]) for at, one in scorer.joined]
+    together = [scorer.signal(place.index, hidden[layers[place.first]]) for place in scorer.places]
     torch.testing.assert_close(torch.cat(together, dim=1), torch.cat(alone, dim=1))
-    for at, whole in scorer.joined:  # which take no memory of their own
-        assert scorer.indices[at].stacked.data_ptr() == whole.stacked.data_ptr()
+    for place in scorer.places:  # which take no memory of their own
+        assert scorer.indices[place.first].stacked.data_ptr() == place.index.stacked.data_ptr()
 
 
 # -- whitening ---------------------------------------------------------------------------------------------------------

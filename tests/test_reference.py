@@ -35,7 +35,7 @@ def responses(size: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 def test_a_neutral_text_scores_nothing_on_average(size: tuple[int, int, int], seed: int) -> None:
     neutral = responses(size, seed)
-    scores = Reference.of(neutral).scores(neutral)  # (texts, adapters)
+    scores = Reference.of(neutral).compare(neutral)  # (texts, adapters)
     assert scores.shape == (size[2], size[0])
     torch.testing.assert_close(scores.mean(dim=0), torch.zeros(size[0]), atol=2e-4, rtol=0)
 
@@ -45,10 +45,10 @@ def test_a_neutral_text_scores_nothing_on_average(size: tuple[int, int, int], se
 def test_size_does_not_count(size: tuple[int, int, int], seed: int, shift: float, stretch: float) -> None:
     """An adapter's scores do not change when all its log responses are moved, as by scaling its weights."""
     neutral, prompts = responses(size, seed), responses((*size[:2], 4), seed + 100)
-    plain = Reference.of(neutral).scores(prompts)
+    plain = Reference.of(neutral).compare(prompts)
     moved = torch.zeros(size[0], 1, 1)
     moved[0] = shift
-    torch.testing.assert_close(Reference.of(neutral + moved).scores(prompts + moved), plain, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(Reference.of(neutral + moved).compare(prompts + moved), plain, atol=2e-3, rtol=1e-3)
 
 
 @given(SIZES.filter(lambda size: size[2] > 2), st.integers(0, 99))
@@ -72,7 +72,7 @@ def test_what_most_requests_excite_has_to_stand_out_further() -> None:
         assert float(found.excess[0] - plain.excess[0]) == pytest.approx(min(more, 1 - float(plain.excess[0])), abs=0.2)
         torch.testing.assert_close(found.excess[1:], plain.excess[1:], atol=0.1, rtol=0)
         want = (found.z(prompts).mean(dim=1) - found.excess[:, None]) * found.trust[:, None]
-        same_tensor(found.scores(prompts), want.T)
+        same_tensor(found.compare(prompts), want.T)
     same_tensor(Reference.of(neutral).excess, torch.zeros(5))
     same_tensor(Reference.of(neutral, requests[..., :0]).excess, torch.zeros(5))
 
@@ -80,7 +80,7 @@ def test_what_most_requests_excite_has_to_stand_out_further() -> None:
 def test_a_request_that_overflowed_silences_its_adapter_and_no_other() -> None:
     neutral, requests, prompts = responses((4, 2, 30)), responses((4, 2, 20), 1), responses((4, 2, 5), 2)
     requests[3, :, 7] = torch.nan
-    scores = Reference.of(neutral, requests).scores(prompts)
+    scores = Reference.of(neutral, requests).compare(prompts)
     assert scores.isfinite().all()
     assert (scores[:, 3] <= scores[:, :3].min(dim=1).values).all()
 
@@ -91,11 +91,11 @@ def test_an_adapter_scores_over_the_points_it_has(nothing: float) -> None:
     whole = Reference.of(neutral)
     neutral[1, 0], prompts[1, 0] = nothing, nothing
     baseline = Reference.of(neutral)
-    scores = baseline.scores(prompts)
+    scores = baseline.compare(prompts)
     assert scores.isfinite().all()
     others = [0, 2, 3]
     trusted = whole.trust[others] / baseline.trust[others]  # what is usual depends on all adapters
-    same_tensor(scores[:, others] * trusted, whole.scores(prompts)[:, others])
+    same_tensor(scores[:, others] * trusted, whole.compare(prompts)[:, others])
     z = (prompts[1, 1:] - neutral[1, 1:].mean(1, keepdim=True)) / neutral[1, 1:].std(1, keepdim=True)
     same_tensor(scores[:, 1], z.mean(dim=0) * baseline.trust[1])
     assert 0 < baseline.trust[1] < 1  # two points swing more than three
@@ -105,7 +105,7 @@ def test_an_adapter_of_one_point_does_not_win_by_noise() -> None:
     """With responses that say nothing, an adapter heard at one of twenty points wins about as often as any other."""
     neutral, prompts = responses((10, 20, 96)), responses((10, 20, 4000), 1)
     neutral[0, 1:] = prompts[0, 1:] = torch.nan
-    wins = Reference.of(neutral).scores(prompts).argmax(dim=1).bincount(minlength=10) / 4000
+    wins = Reference.of(neutral).compare(prompts).argmax(dim=1).bincount(minlength=10) / 4000
     assert wins[0] < 0.2  # 0.1 would be its share; without scaling it is above 0.5
 
 
@@ -115,10 +115,10 @@ def test_a_silent_adapter_never_wins() -> None:
     neutral[0] = prompts[0] = -torch.inf
     for count in (2, 3):
         reference = Reference.of(neutral[:count])
-        scores = reference.scores(prompts[:count]) * reference.factors(torch.tensor([2] * 40))[:, None]
+        scores = reference.compare(prompts[:count]) * reference.factors(torch.tensor([2] * 40))[:, None]
         assert scores.isfinite().all()
         assert (scores[:, 0] < scores[:, 1:].min(dim=1).values).all()
-    alone = Reference.of(neutral[:1]).scores(prompts[:1])
+    alone = Reference.of(neutral[:1]).compare(prompts[:1])
     assert (alone == 0).all()
 
 
@@ -189,10 +189,10 @@ def test_scores_by_chance_lie_as_far_apart_in_every_pool_and_prompt() -> None:
 
     for strength in (0.2, 0.7, 3.0):
         pool = Reference.of(drawn(200, USUAL, strength).T[:, None])
-        unit = float((pool.scores(drawn(200, USUAL, strength).T[:, None])).var(dim=1).mean().sqrt())
+        unit = float((pool.compare(drawn(200, USUAL, strength).T[:, None])).var(dim=1).mean().sqrt())
         assert pool.apart == pytest.approx(max(unit, UNIT / 2), rel=1e-3)
         for tokens in (1, 3, USUAL):
-            scores = pool.factors(torch.tensor([tokens])) * pool.scores(drawn(400, tokens, strength).T[:, None])
+            scores = pool.factors(torch.tensor([tokens])) * pool.compare(drawn(400, tokens, strength).T[:, None])
             assert float(scores.var(dim=1).mean().sqrt()) == pytest.approx(UNIT, rel=0.1)
 
 

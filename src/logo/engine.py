@@ -49,7 +49,7 @@ from logo.prompts import Prompts, Truncation, several
 from logo.scoring import MAX_TOKENS, Scored, encoded, score_pairs
 from logo.selection.calibration import Calibration
 from logo.selection.index import Tell
-from logo.selection.scorer import Scorer
+from logo.selection.scorer import BaseReader, Scorer
 from logo.selection.selector import for_each, forced
 from logo.selection.settings import OPTIONS, ProbeContext, SelectionSettings, check_context
 from logo.selection.texts import WHOLE
@@ -277,9 +277,9 @@ class LoGo:
     def _opened(self, pool: AdapterPool, signal: str, tell: Tell | None = None) -> Scorer:
         before = self._scorers.get(signal) or self._earlier.get(signal)
         cache = self.prefix_cache if self.probe_context == "base" else None
-        how: dict[str, Any] = {"prefix_cache": cache, "before": before, "tell": tell}
+        base = BaseReader(self.model, self.prompts.texts, prefix_cache=cache)
         with self._exact():
-            return Scorer.open(self.model, pool, self.settings, signal, self.prompts.texts, **how)
+            return Scorer.open(base, pool, self.settings, signal, before=before, tell=tell)
 
     def _scorer(self, signal: str, tell: Tell | None = None) -> Scorer:
         """The scorer of a signal. If it has to be calibrated, the base model runs, and no adapter may be active."""

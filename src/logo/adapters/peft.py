@@ -25,6 +25,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from logo.adapters.patterns import endless, expression, lookup
 from logo.identity import content_stamp, file_sha256, of_content
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ _OTHER_TENSORS = {
     r"\.bias$": "it holds biases of the base model ({key}), which cannot be mixed",
     r"": "tensor {key} is neither lora_A nor lora_B",
 }
+_LONGEST_NAME = 500  # characters; with all wrappers, usual ones have about 150
 _TRAINED = re.compile(r"\.(?:lora_|trainable_tokens_)")  # no weight of the base model itself
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -108,11 +110,11 @@ class LoraConfig:
 
     def rank(self, module: str) -> int:
         """The rank the configuration gives to `module` (path relative to the base model)."""
-        return _lookup(self.rank_pattern, module, self.r)
+        return lookup(self.rank_pattern, module, self.r)
 
     def scaling(self, module: str, rank: int) -> float:
         """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA (PEFT, `tuners/lora/layer.py`)."""
-        alpha = _lookup(self.alpha_pattern, module, self.alpha)
+        alpha = lookup(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
@@ -172,25 +174,16 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
     )
 
 
-def _lookup(pattern: tuple[tuple[str, _T], ...], module: str, default: _T) -> _T:
-    """PEFT's `get_pattern_key`: the first key in dict order that matches the end of the path wins."""
-    return next((value for key, value in pattern if re.match(_as_peft(key), module)), default)
-
-
-def _as_peft(key: str) -> str:
-    return rf"(.*\.)?({key})$"
-
-
 def _pattern(raw: dict[str, Any], key: str, number: Callable[[str, Any], _T]) -> tuple[tuple[str, _T], ...]:
     given = raw.get(key) or {}
     if not isinstance(given, dict):
         raise _wrong(key, given, "an object of pattern: number")
-    for expression in given:
+    for pattern in given:
         try:
-            re.compile(_as_peft(expression))
+            expression(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise Refusal(f"{key} has the key {_short(expression)}, which is no regular expression: {error}") from error
-    return tuple((expression, number(key, value)) for expression, value in given.items())
+            raise Refusal(f"{key} has the key {_short(pattern)}, which is no regular expression: {error}") from error
+    return tuple((pattern, number(key, value)) for pattern, value in given.items())
 
 
 def _rank(key: str, value: Any) -> int:
@@ -249,10 +242,16 @@ class WeightFile:
         if self.path.name == PICKLE:
             return {key: self._unpickled[key] for key in keys}
         with self._open("pt") as file:
-            # A new owner, mode or link changes the stamp, but not the content.
-            if content_stamp(self.path) != self._stamp and file_sha256(self.path) != self._digest:
-                raise ValueError(_CHANGED)
-            return {key: file.get_tensor(key) for key in keys}
+            self._check_content()
+            # A copy: the tensors of safetensors are views of the file, which change, or end the process, with it.
+            tensors = {key: file.get_tensor(key).clone() for key in keys}
+        self._check_content()
+        return tensors
+
+    def _check_content(self) -> None:
+        # A new owner, mode or link changes the stamp, but not the content.
+        if content_stamp(self.path) != self._stamp and file_sha256(self.path) != self._digest:
+            raise ValueError(_CHANGED)
 
     def sha256(self) -> str:
         """The digest of its content, as `sha256sum` prints it. Raises ValueError if the file changed before."""
@@ -333,6 +332,9 @@ def read_header(shapes: Shapes, config: LoraConfig) -> tuple[dict[str, LoraModul
     Copies are whole weights, and the biases beside them. Equal arguments give the same objects: a pool may have
     thousands of adapters of one training. Raises Refusal for tensors that cannot be mixed, or of other ranks.
     """
+    longest = max((key for key, _ in shapes), key=len, default="")
+    if len(longest) > _LONGEST_NAME:  # expressions take long on longer ones
+        raise Refusal(f"tensor {_short(longest)} has a name of {len(longest)} characters, more than {_LONGEST_NAME}")
     paths = {key: module_path(key) for key, _ in shapes}
     copies = {key: path for key, path in paths.items() if path.endswith(".weight") and not _TRAINED.search(key)}
     whole = {path.removesuffix("weight") + "bias" for path in copies.values()}
@@ -353,6 +355,11 @@ def read_header(shapes: Shapes, config: LoraConfig) -> tuple[dict[str, LoraModul
         raise Refusal(f"the file holds several adapters ({', '.join(sorted(names))}); save each in a folder of its own")
     if not sides:
         raise Refusal("the file holds no LoRA tensors: it would do nothing")
+    for setting, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        bad = endless((key for key, _ in pattern), sides)
+        if bad is not None:
+            expected = "expected names of modules, with few wildcards and no repeated groups"
+            raise Refusal(f"{setting} has the key {_short(bad)}, which may take for ever to match: {expected}")
     return {path: _module(path, pair, config) for path, pair in sides.items()}, copies
 
 

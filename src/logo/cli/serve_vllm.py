@@ -181,7 +181,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
 
 def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> AdapterPool:
     """The pool, which can be served with these options."""
-    from logo.selection.points import plan
+    from logo.selection.plan import plan
     from logo.api.names import check_pool
 
     model, settings = skeleton(load_config(base_model, model_dir=MODEL_DIR)), selection_settings(options)

@@ -33,8 +33,9 @@ from logo.errors import ModelError, NotFinite
 from logo.files import Store
 from logo.identity import base_digest
 from logo.models import input_device, padded, tensor_of
-from logo.selection.index import Wanted, read_indices
-from logo.selection.points import Plan, Point
+from logo.selection.index import IndexRequest, ScoringIndex, read_indices
+from logo.selection.plan import Plan
+from logo.selection.points import Point
 from logo.selection.probe import Probe, pick
 from logo.selection.reference import FADING, both_means, choose, contrast, emphasis, finished, row_means
 from logo.selection.signals import Signal
@@ -47,7 +48,8 @@ _T = TypeVar("_T")
 ENOUGH = 0.985
 # Bytes of hidden vectors that are held at once; the rest is read in further passes, each up to its own last layer.
 _HELD_BYTES = 2**30
-_BATCH, _CPU = 16, torch.device("cpu")
+_BATCH = 16
+_CPU = torch.device("cpu")
 # To be raised when the content of the stored files changes its meaning.
 _FORMAT = 6
 # Types whose values are the weights themselves; quantised weights have scales somewhere else.
@@ -94,21 +96,25 @@ class Reading:
     @classmethod
     def of(cls, model: nn.Module, signal: Signal, texts: Texts, store: Store) -> Reading:
         """The reading with its key."""
-        name = getattr(signal.score, "__name__", "")
-        how: list[Any] = [signal.input, signal.token, signal.scale, name, signal.readings, signal.window]
+        function = getattr(signal.score, "__name__", "")
+        read: list[Any] = [signal.input, signal.token, signal.scale, function, signal.readings, signal.window]
         if signal.plugin is not None:  # of a fused projection, one layer's query or all rows are read
-            how += [signal.plugin, signal.layers]
+            read += [signal.plugin, signal.layers]
         if signal.token == "tail":  # where adapters act in these texts; see `logo.adapters.activation.earliest`
-            how += [[list(a.tokens), a.last] for a in signal.activations]
+            read += [[list(activation.tokens), activation.last] for activation in signal.activations]
         rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
-        parts = json.dumps([_FORMAT, SHRINKAGE, SKETCHED, FADING, how, rows, base_digest(model)])
-        key = f"calibration/{hashlib.sha256(parts.encode()).hexdigest()[:24]}"
+        content = json.dumps([_FORMAT, SHRINKAGE, SKETCHED, FADING, read, rows, base_digest(model)])
+        key = f"calibration/{hashlib.sha256(content.encode()).hexdigest()[:24]}"
         return cls(model, signal, texts, store, key)
 
     def whitening(self, point: Point) -> Whitening | None:
         """The whitening of the input of a point's module; None if there is none yet."""
         tensors = self.store.get(f"{self.key}/whitening/{point.module}", hold=False)
         return Whitening(**tensors) if set(tensors) == {"mean", "basis", "gain"} else None
+
+    def keep_whitening(self, point: Point, whitening: Whitening) -> None:
+        """Stores the whitening of the input of a point's module."""
+        self.store.put(f"{self.key}/whitening/{point.module}", vars(whitening), hold=False)
 
 
 @dataclass(frozen=True)
@@ -135,33 +141,50 @@ class Calibration:
 
 def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:
     """Calibrates the adapters of a plan, with stored responses where there are any, and chooses the points to read."""
-    started, store, neutral_count = time.perf_counter(), reading.store, len(reading.texts.neutral)
-    shape, candidates = (reading.signal.readings, len(reading.texts.rows)), plan.points
-    files = {adapter.name: f"{reading.key}/{adapter.digest}" for adapter in plan.adapters}
-    known = {name: dict(store.get(file)) for name, file in files.items()}
-    missing = {
-        point: [a for a in plan.adapters if point.module in a.modules and point.module not in known[a.name]]
-        for point in candidates
-    }
-    measured = _measure(reading, {point: some for point, some in missing.items() if some}, run)
-    for name, found in measured.items():
-        known[name] |= found
-        store.put(files[name], known[name])
-    nothing = torch.full(shape, torch.nan, dtype=torch.float32)
-    responses = torch.stack(
-        [torch.stack([known[a.name].get(p.module, nothing) for p in candidates], dim=1) for a in plan.adapters]
-    )  # (adapters, readings of a point, candidates, texts)
-    chosen: list[int] = list(range(len(candidates)))
+    started = time.perf_counter()
+    responses, measured = _responses(reading, plan, run)
+    count = len(reading.texts.neutral)
+    chosen = list(range(len(plan.points)))
     ranking: list[tuple[Point, float]] = []
     if plan.most:
-        neutral, requests = responses[:, 0, :, :neutral_count], responses[:, 0, :, neutral_count:]
-        chosen = sorted(choose(neutral, requests, plan.most, ENOUGH))
-        values = contrast(neutral, requests).tolist()
-        ranking = sorted(zip(candidates, values, strict=True), key=lambda entry: -entry[1])
-    points, read = tuple(candidates[i] for i in chosen), responses[:, :, chosen].flatten(1, 2)
-    norms, seconds = _weight_norms(reading, points), time.perf_counter() - started
-    parts = read[..., :neutral_count], read[..., neutral_count:]
-    return Calibration(points, tuple(ranking), *parts, norms, len(measured), seconds)
+        even = responses[:, 0]
+        chosen = sorted(choose(even[..., :count], even[..., count:], plan.most, ENOUGH))
+        contrasts = contrast(even[..., :count], even[..., count:]).tolist()
+        ranking = sorted(zip(plan.points, contrasts, strict=True), key=lambda entry: -entry[1])
+    points = tuple(plan.points[number] for number in chosen)
+    read = responses[:, :, chosen].flatten(1, 2)
+    return Calibration(
+        points=points,
+        ranking=tuple(ranking),
+        neutral=read[..., :count],
+        requests=read[..., count:],
+        weight_norms=_weight_norms(reading, points),
+        measured=measured,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _responses(reading: Reading, plan: Plan, run: TextRunner) -> tuple[Tensor, int]:
+    """`a` (adapters, readings of a point, points of the plan, texts), neutral texts first, NaN where an adapter does
+    not touch a point; and the number of adapters that were measured, since not all of theirs was stored."""
+    store = reading.store
+    files = {adapter.name: f"{reading.key}/{adapter.digest}" for adapter in plan.adapters}
+    by_module = {name: dict(store.get(file)) for name, file in files.items()}
+    missing: dict[Point, list[Adapter]] = {}
+    for point in plan.points:
+        for adapter in plan.adapters:
+            if point.module in adapter.modules and point.module not in by_module[adapter.name]:
+                missing.setdefault(point, []).append(adapter)
+    measured = _measure(reading, missing, run)
+    for name, new in measured.items():
+        by_module[name] |= new
+        store.put(files[name], by_module[name])
+    untouched = torch.full((reading.signal.readings, len(reading.texts.rows)), torch.nan, dtype=torch.float32)
+    responses = [
+        torch.stack([by_module[adapter.name].get(point.module, untouched) for point in plan.points], dim=1)
+        for adapter in plan.adapters
+    ]
+    return torch.stack(responses), len(measured)
 
 
 def whitenings(reading: Reading, points: Sequence[Point], run: TextRunner) -> dict[str, Whitening]:
@@ -169,133 +192,173 @@ def whitenings(reading: Reading, points: Sequence[Point], run: TextRunner) -> di
     if reading.signal.scale != "whitened":
         return {}
     _measure(reading, {point: [] for point in points if reading.whitening(point) is None}, run)
-    return {point.module: found for point in points if (found := reading.whitening(point)) is not None}
+    spaces = {point.module: reading.whitening(point) for point in points}
+    return {module: space for module, space in spaces.items() if space is not None}
 
 
 def _measure(
-    reading: Reading, wanted: Mapping[Point, Sequence[Adapter]], run: TextRunner
+    reading: Reading, missing: Mapping[Point, Sequence[Adapter]], run: TextRunner
 ) -> dict[str, dict[str, Tensor]]:
-    """Scores adapters at the points where they are wanted (none: only the whitening, which is stored); returns adapter
-    name -> module of the point -> `a` (readings, texts), neutral ones first."""
+    """Scores adapters at the points where their responses are missing (none: only the whitening is, which is stored);
+    returns adapter name -> module of the point -> `a` (readings, texts), neutral ones first."""
     measured: dict[str, dict[str, Tensor]] = {}
-    signal, rows = reading.signal, reading.texts.rows
-    tokens = sum(map(len, rows))
+    tokens = sum(map(len, reading.texts.rows))
 
     def size(layer: Sequence[Point]) -> int:
+        """Bytes of the hidden vectors of a layer."""
         shapes = [linear_shape(reading.model.get_submodule(point.module)) for point in layer]
         return 4 * tokens * sum(shape.in_features for shape in shapes if shape is not None)
 
     # Whole layers, of which as many are read in one pass as their hidden vectors have room.
-    by_layer = groupby(sorted(wanted, key=lambda point: point.layer), key=lambda point: point.layer)
-    for group in portions([list(layer) for _, layer in by_layer], size, _HELD_BYTES):
-        points = [point for layer in group for point in layer]
-        read = dict(zip(points, read_finite(run, points, reading.texts, signal), strict=True))
-        asked, shared = [], dict[int, Whitening]()  # by tensor, since points of one layer may read the same one
-        for point, vectors in read.items():
-            whitening = None
-            if signal.scale == "whitened":
-                whitening = reading.whitening(point)
-                if whitening is None:
-                    whitening = shared.get(id(vectors.hidden)) or _whitening(vectors, len(reading.texts.neutral))
-                    reading.store.put(f"{reading.key}/whitening/{point.module}", vars(whitening), hold=False)
-                shared[id(vectors.hidden)] = whitening
-            if wanted[point]:
-                asked.append(Wanted(wanted[point], point, vectors.hidden.device, whitening))
+    by_layer = groupby(sorted(missing, key=lambda point: point.layer), key=lambda point: point.layer)
+    for layers in portions([list(points) for _, points in by_layer], size, _HELD_BYTES):
+        points = [point for layer in layers for point in layer]
+        vectors = dict(zip(points, read_finite(run, points, reading.texts, reading.signal), strict=True))
+        spaces = _whitened_now(reading, vectors)
+        requests = [
+            IndexRequest(missing[point], point, vectors[point].hidden.device, spaces.get(point))
+            for point in points
+            if missing[point]
+        ]
         # In as few passes over the adapters as memory allows.
-        for part in portions(asked, lambda one: one.bytes, _HELD_BYTES):
+        for part in portions(requests, lambda request: request.bytes, _HELD_BYTES):
             for index in read_indices(part):
-                hidden, owners = read[index.point].responding
-                values = signal(index, hidden)
-                means = both_means(values, owners, *emphasis(owners, len(rows)))[:, : signal.readings]
-                found = finished(means, signal.scale).cpu()  # (texts, readings, n)
-                for adapter, response in zip(index.adapters, found.permute(2, 1, 0), strict=True):
+                responses = _mean_responses(reading, index, vectors[index.point])
+                for adapter, response in zip(index.adapters, responses.permute(2, 1, 0), strict=True):
                     measured.setdefault(adapter.name, {})[index.point.module] = response.clone()
     return measured
 
 
+def _whitened_now(reading: Reading, vectors: Mapping[Point, HiddenVectors]) -> dict[Point, Whitening]:
+    """The whitenings of points, of which new ones are stored; points that read one tensor share theirs."""
+    if reading.signal.scale != "whitened":
+        return {}
+    spaces: dict[Point, Whitening] = {}
+    shared: dict[int, Whitening] = {}  # by tensor
+    for point, own in vectors.items():
+        space = reading.whitening(point)
+        if space is None:
+            space = shared.get(id(own.hidden)) or _whitening(own, len(reading.texts.neutral))
+            reading.keep_whitening(point, space)
+        spaces[point] = shared[id(own.hidden)] = space
+    return spaces
+
+
+def _mean_responses(reading: Reading, index: ScoringIndex, vectors: HiddenVectors) -> Tensor:
+    """`a` (texts, readings, adapters) of the adapters in an index, on the CPU."""
+    hidden, owners = vectors.responding
+    responses = reading.signal(index, hidden)
+    means = both_means(responses, owners, *emphasis(owners, len(reading.texts.rows)))
+    return finished(means[:, : reading.signal.readings], reading.signal.scale).cpu()
+
+
 def portions(items: Iterable[_T], size: Callable[[_T], float], most: float) -> Iterator[list[_T]]:
     """Neighbours in portions whose sizes sum to `most` at most, or of one item."""
-    part, held = list[_T](), 0.0
+    part: list[_T] = []
+    held = 0.0
     for item in items:
-        one = size(item)
-        if part and held + one > most:
+        share = size(item)
+        if part and held + share > most:
             yield part
-            part, held = [], 0.0
+            part = []
+            held = 0.0
         part.append(item)
-        held += one
+        held += share
     if part:
         yield part
 
 
 def _whitening(vectors: HiddenVectors, neutral: int) -> Whitening:
     """The whitening of neutral texts; if adapters act on the last tokens only, that of these tokens in all texts."""
+    device = vectors.hidden.device
     if vectors.acted is None:
-        return Whitening.of(vectors.hidden[(vectors.owners < neutral).to(vectors.hidden.device)]).to(_CPU)
-    return Whitening.of_some(vectors.hidden, vectors.acted.to(vectors.hidden.device)).to(_CPU)
+        return Whitening.of(vectors.hidden[(vectors.owners < neutral).to(device)]).to(_CPU)
+    return Whitening.of_some(vectors.hidden, vectors.acted.to(device)).to(_CPU)
 
 
 def read_finite(run: TextRunner, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
     """What a runner reads at points; NotFinite if hidden vectors overflow there: no adapter would respond."""
     for point, vectors in zip(points, run(points, texts, signal), strict=True):
         if not bool(vectors.hidden.isfinite().all()):
-            found = f"the base model's hidden vectors overflow at {point.name} on a calibration text or example prompt"
-            raise NotFinite(f"{found}; load it as bfloat16 or float32 (--dtype)")
+            raise NotFinite(
+                f"the base model's hidden vectors overflow at {point.name} on a calibration text or example prompt; "
+                "load it as bfloat16 or float32 (--dtype)"
+            )
         yield vectors
 
 
 def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
     """The `TextRunner` of a model in this process."""
-    probe, rows, tail = Probe(model, points, signal.input), texts.rows, signal.token == "tail"
-    device = input_device(model)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    parts, owners, acted = list[list[Tensor]](), [], []
-    for start in range(0, len(order), _BATCH):
-        batch = [rows[i] for i in order[start : start + _BATCH]]
-        ids, mask = padded(batch, device)
-        begins = [int(len(row) > 1) if tail else signal.begin(row) for row in batch]
-        picked, owner = pick(begins, list(map(len, batch)), ids.shape[1])
-        hidden = probe(ids, mask, picked.to(device))
-        if tail:
-            acts = torch.tensor([earliest(signal.activations, row) for row in batch])
-            acted.append(picked % ids.shape[1] >= acts[owner])
-        if signal.token == "mean":
-            means = {id(vectors): row_means(vectors, owner, len(batch)) for vectors in hidden}
-            hidden = [means[id(vectors)] for vectors in hidden]
-            owner = torch.arange(len(batch))
-        parts.append(hidden)
-        owners.append(torch.tensor(order[start : start + _BATCH])[owner])
-    joined: dict[int, Tensor] = {}
-    for i, first in enumerate(parts[0]):
-        if id(first) not in joined:
-            joined[id(first)] = torch.cat([part[i] for part in parts])
-        yield HiddenVectors(joined[id(first)], torch.cat(owners), torch.cat(acted) if acted else None)
+    probe = Probe(model, points, signal.input)
+    rows = texts.rows
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    batches = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+    parts = [_read_batch(probe, [rows[number] for number in batch], signal) for batch in batches]
+    owners = torch.cat([torch.tensor(batch)[part.owners] for batch, part in zip(batches, parts, strict=True)])
+    acted = torch.cat([part.acted for part in parts if part.acted is not None]) if parts[0].acted is not None else None
+    whole: dict[int, Tensor] = {}  # by the tensor of the first batch, which points may share
+    for number, first in enumerate(parts[0].hidden):
+        if id(first) not in whole:
+            whole[id(first)] = torch.cat([part.hidden[number] for part in parts])
+        yield HiddenVectors(whole[id(first)], owners, acted)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What is read of a batch of texts: `hidden` (vectors, d) per point; as `HiddenVectors`, `owners` and `acted`."""
+
+    hidden: list[Tensor]
+    owners: Tensor
+    acted: Tensor | None
+
+
+def _read_batch(probe: Probe, rows: Sequence[Sequence[int]], signal: Signal) -> _Batch:
+    device = input_device(probe.model)
+    ids, mask = padded(rows, device)
+    width = ids.shape[1]
+    tail = signal.token == "tail"  # of which adapters are compared, and all are described
+    begins = [int(len(row) > 1) if tail else signal.begin(row) for row in rows]
+    picked, owners = pick(begins, list(map(len, rows)), width)
+    hidden = probe(ids, mask, picked.to(device))
+    if tail:
+        acts = torch.tensor([earliest(signal.activations, row) for row in rows])
+        return _Batch(hidden, owners, picked % width >= acts[owners])
+    if signal.token == "mean":
+        means = {id(vectors): row_means(vectors, owners, len(rows)) for vectors in hidden}
+        return _Batch([means[id(vectors)] for vectors in hidden], torch.arange(len(rows)), None)
+    return _Batch(hidden, owners, None)
 
 
 def _weight_norms(reading: Reading, points: Sequence[Point]) -> tuple[float, ...]:
     """`‖W‖_F` of the base model at each point, stored or measured now; NaN where it is not known."""
-    name = f"{reading.key}/weights"
-    known = reading.store.get(name)
-    norms = {point.module: weight_norm(reading.model, point) for point in points if point.module not in known}
-    finite = {module: torch.tensor(norm, dtype=torch.float64) for module, norm in norms.items() if math.isfinite(norm)}
+    file = f"{reading.key}/weights"
+    stored = dict(reading.store.get(file))
+    new = {point.module: weight_norm(reading.model, point) for point in points if point.module not in stored}
+    finite = {module: torch.tensor(norm, dtype=torch.float64) for module, norm in new.items() if math.isfinite(norm)}
     if finite:
-        reading.store.put(name, {**known, **finite})
-    return tuple(norms.get(point.module, float(known.get(point.module, math.nan))) for point in points)
+        stored |= finite
+        reading.store.put(file, stored)
+    return tuple(float(stored.get(point.module, math.nan)) for point in points)
 
 
 def weight_norm(model: nn.Module, point: Point) -> float:
     """`‖W‖_F` of the base model (or of a skeleton, see `logo.vllm.skeleton`) at a point; NaN if its weights
     are quantised or not at hand."""
     module = model.get_submodule(point.module)
-    weight, shape = getattr(module, "weight", None), linear_shape(module)
-    plain = type(weight) in (nn.Parameter, Tensor)  # quantised ones have types of their own, or integers
-    if weight is None or shape is None or not plain or getattr(weight, "stored", weight.dtype) not in _PLAIN:
+    shape = linear_shape(module)
+    weight: Any = getattr(module, "weight", None)
+    # Quantised weights have types of their own, or integers.
+    if shape is None or type(weight) not in (nn.Parameter, Tensor):
+        return math.nan
+    if getattr(weight, "stored", weight.dtype) not in _PLAIN:
         return math.nan
     if weight.is_meta:
         try:
             weight = tensor_of(model, f"{point.module}.weight")
         except ModelError:  # kept by another library than accelerate
             return math.nan
-    expected, transposed = (shape.out_features, shape.in_features), type(module).__name__ == "Conv1D"
+    transposed = type(module).__name__ == "Conv1D"
+    expected = (shape.out_features, shape.in_features)
     if weight.shape != (expected[::-1] if transposed else expected):
         return math.nan
     if point.rows is not None:

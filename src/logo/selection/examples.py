@@ -25,9 +25,8 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from scipy.cluster.vq import kmeans2
@@ -41,22 +40,45 @@ from logo.selection.texts import Texts
 from logo.selection.whitening import Whitening
 
 # In the formula above; β is the similarity per unit of a response's score.
-GAIN, REPLACED, _SLOPE = 12.0, 0.65, 0.23
+GAIN = 12.0
+REPLACED = 0.65
+_SLOPE = 0.23
 # The usual similarity to the prompts of unrelated adapters; in s̄ it counts like so many adapters.
-_USUAL, _USUAL_WEIGHT = 0.23, 4
+_USUAL = 0.23
+_USUAL_WEIGHT = 4
 # Examples whose mean similarity to each other is below the first are worded in several ways, and make so many clusters.
-_ONE_WORDING, WORDINGS = 0.5, 4
+_ONE_WORDING = 0.5
+WORDINGS = 4
 _CONSTANT = 1e-5  # descriptions that vary by less than this share do not vary
 # Hidden vectors of examples that are held at once, in bytes, and texts that are read together.
 _HELD_BYTES = 2**29
 _TOGETHER = 1024
 
+# Both whitenings of a place: of the even and of the late means of its hidden vectors.
+Spaces = Sequence[Whitening]
+
 
 def whitened(spaces: Whitening, descriptions: Sequence[Tensor]) -> Tensor:
     """Descriptions (rows, 2, d) of places, each in a whitened space of its own of those stacked, as unit vectors
     (2 places, rows, d)."""
-    given = torch.cat([one.to(spaces.mean.device, torch.float32) for one in descriptions], dim=1).transpose(0, 1)
-    return normalize(spaces.fold(given - spaces.mean), dim=2)
+    device = spaces.mean.device
+    kinds = torch.cat([description.to(device, torch.float32) for description in descriptions], dim=1).transpose(0, 1)
+    return normalize(spaces.fold(kinds - spaces.mean), dim=2)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Places of one width on one device, at which prompts are compared together.
+
+    Attributes:
+        places: their numbers.
+        spaces: the whitenings of both kinds of their means, stacked.
+        centres: (2 places, d, means), the whitened means of examples.
+    """
+
+    places: Sequence[int]
+    spaces: Whitening
+    centres: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,77 +86,82 @@ class Examples:
     """The described example prompts of a pool.
 
     Attributes:
-        alike: places of one width on one device: their numbers, the whitenings of both kinds of their means, stacked,
-            and the whitened means of examples (2 places, d, means).
-        known: (adapters,) bool: which adapters have examples, in pool order.
-        owners: (means,): of which of these adapters each mean is.
+        alike: the places, in groups.
+        has_examples: (adapters,) bool, in pool order.
+        owners: (means,): of which of the adapters with examples each mean is.
         points: per place, the number of the first point that is read there.
     """
 
-    alike: tuple[tuple[list[int], Whitening, Tensor], ...]
-    known: Tensor
+    alike: tuple[Alike, ...]
+    has_examples: Tensor
     owners: Tensor
     points: tuple[int, ...]
 
     @classmethod
     def of(
         cls,
-        spaces: Sequence[Sequence[Whitening]],
+        spaces: Sequence[Spaces],
         means: Sequence[Tensor],
-        known: Tensor,
+        has_examples: Tensor,
         owners: Tensor,
         points: Sequence[int],
     ) -> Examples:
         """From both whitenings of each place, and the mean descriptions there (means, 2, d), on the device on which
         descriptions are compared."""
-        groups: dict[Any, list[int]] = {}
-        for i, mean in enumerate(means):
-            groups.setdefault((mean.device, mean.shape), []).append(i)
+        groups: dict[tuple[torch.device, torch.Size], list[int]] = {}
+        for place, mean in enumerate(means):
+            groups.setdefault((mean.device, mean.shape), []).append(place)
         alike = []
         for places in groups.values():
-            stacked = Whitening.stacked([one for i in places for one in spaces[i]])
+            stacked = Whitening.stacked([space for place in places for space in spaces[place]])
             # The mean of what is whitened is the whitened mean.
-            alike.append((places, stacked, whitened(stacked, [means[i] for i in places]).mT.contiguous()))
-        return cls(tuple(alike), known, owners, tuple(points))
+            centres = whitened(stacked, [means[place] for place in places]).mT.contiguous()
+            alike.append(Alike(places, stacked, centres))
+        return cls(tuple(alike), has_examples, owners, tuple(points))
 
     def similarities(self, descriptions: Sequence[Tensor]) -> Tensor:
         """`s`: (rows, adapters with examples) on the CPU, of descriptions (rows, 2, d) per place."""
         total = torch.zeros(())
-        for places, spaces, centres in self.alike:
-            total = total + (whitened(spaces, [descriptions[i] for i in places]) @ centres).sum(dim=0).cpu()
-        found, owners = total / (2 * len(descriptions)), self.owners.expand(len(total), -1)
-        best = torch.full((len(found), int(self.known.sum())), -torch.inf, dtype=found.dtype)
-        return best.scatter_reduce(1, owners, found, "amax")
+        for group in self.alike:
+            units = whitened(group.spaces, [descriptions[place] for place in group.places])
+            total = total + (units @ group.centres).sum(dim=0).cpu()
+        to_means = total / (2 * len(descriptions))  # (rows, means)
+        best = torch.full((len(to_means), int(self.has_examples.sum())), -torch.inf, dtype=to_means.dtype)
+        return best.scatter_reduce(1, self.owners.expand(len(to_means), -1), to_means, "amax")
 
-    def scores(self, descriptions: Sequence[Tensor], responses: Tensor, among: Tensor | None = None) -> Tensor:
-        """Scores (rows, adapters) of similarities and the scores of responses (rows, adapters) together. `among` (rows,
-        adapters) bool says which adapters may be selected (None: all); others have no score (-inf)."""
-        found = self.similarities(descriptions)
-        if among is None:
-            return combined(found, responses, self.known)
-        every = torch.full_like(responses, -torch.inf)
-        for row, asked in enumerate(among):
-            own = found[row : row + 1, asked[self.known]]
-            every[row, asked] = combined(own, responses[row : row + 1, asked], self.known[asked])[0]
-        return every
-
-
-def combined(found: Tensor, responses: Tensor, known: Tensor) -> Tensor:
-    """Scores (rows, adapters) from similarities `found` (rows, adapters with examples) and the scores of responses
-    (rows, adapters); `known` (adapters,) says which have examples."""
-    similar, others = found, found.shape[1] - 1
-    if not known.any():
-        similar = _USUAL + _SLOPE * (responses - responses.mean(dim=1, keepdim=True))
-    elif not known.all():
-        own, best = responses[:, known], found.argmax(dim=1, keepdim=True)
-        usual = (found.sum(1) - found.gather(1, best)[:, 0] + _USUAL_WEIGHT * _USUAL) / (others + _USUAL_WEIGHT)
-        level = (own.sum(1) - own.gather(1, best)[:, 0]) / others if others else responses.mean(dim=1)
-        similar = usual[:, None] + _SLOPE * (responses - level[:, None])
-        similar[:, known] = found
-    return (1 - REPLACED * known.float().mean()) * responses + GAIN * similar
+    def add_to(self, scores: Tensor, descriptions: Sequence[Tensor], selectable: Tensor | None = None) -> Tensor:
+        """Scores (rows, adapters) of responses and similarities together, from the scores of responses alone.
+        `selectable` (rows, adapters) bool says which adapters may be selected (None: all); others get -inf."""
+        similarities = self.similarities(descriptions)
+        if selectable is None:
+            return with_similarities(scores, similarities, self.has_examples)
+        all_scores = torch.full_like(scores, -torch.inf)
+        for row, columns in enumerate(selectable):
+            own_scores = scores[row : row + 1, columns]
+            own_similarities = similarities[row : row + 1, columns[self.has_examples]]
+            all_scores[row, columns] = with_similarities(own_scores, own_similarities, self.has_examples[columns])[0]
+        return all_scores
 
 
-def means_of(places: Sequence[Tensor], spaces: Sequence[Sequence[Whitening]]) -> list[Tensor]:
+def with_similarities(scores: Tensor, similarities: Tensor, has_examples: Tensor) -> Tensor:
+    """Scores (rows, adapters) from the scores of responses (rows, adapters) and the similarities (rows, adapters with
+    examples); `has_examples` is (adapters,)."""
+    similar = similarities
+    if not has_examples.any():
+        similar = _USUAL + _SLOPE * (scores - scores.mean(dim=1, keepdim=True))
+    elif not has_examples.all():
+        others = similarities.shape[1] - 1
+        best = similarities.argmax(dim=1, keepdim=True)
+        unrelated = similarities.sum(1) - similarities.gather(1, best)[:, 0]
+        usual = (unrelated + _USUAL_WEIGHT * _USUAL) / (others + _USUAL_WEIGHT)
+        own = scores[:, has_examples]
+        level = (own.sum(1) - own.gather(1, best)[:, 0]) / others if others else scores.mean(dim=1)
+        similar = usual[:, None] + _SLOPE * (scores - level[:, None])
+        similar[:, has_examples] = similarities
+    return (1 - REPLACED * has_examples.float().mean()) * scores + GAIN * similar
+
+
+def means_of(places: Sequence[Tensor], spaces: Sequence[Spaces]) -> list[Tensor]:
     """The means (means, 2, d) at each place of one adapter's examples: of all and, if needed, of clusters of them.
 
     Args:
@@ -143,19 +170,95 @@ def means_of(places: Sequence[Tensor], spaces: Sequence[Sequence[Whitening]]) ->
     """
     units = []
     for place, kinds in zip(places, spaces, strict=True):
-        units += [normalize(space.fold(place[:, i] - space.mean), dim=1) for i, space in enumerate(kinds)]
-    points = torch.cat(units, dim=1) / math.sqrt(len(units))  # whose products are similarities
-    count, alike = len(points), points @ points.mT
-    groups = [torch.ones(count, dtype=torch.bool)]
-    if count > 1 and (alike.sum() - alike.trace()) / (count * (count - 1)) < _ONE_WORDING:
-        seeds = [0]  # then the example that is least like all before
-        while len(seeds) < min(WORDINGS, count):
-            seeds.append(int(alike[seeds].amax(dim=0).argmin()))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # equal examples may leave a cluster empty
-            _, labels = kmeans2(points.numpy(), points[seeds].numpy(), minit="matrix")
-        groups += [torch.from_numpy(labels == one) for one in set(labels.tolist())]
+        units += [normalize(space.fold(place[:, kind] - space.mean), dim=1) for kind, space in enumerate(kinds)]
+    groups = _wordings(torch.cat(units, dim=1) / math.sqrt(len(units)))
     return [torch.stack([place[group].mean(dim=0) for group in groups]) for place in places]
+
+
+def _wordings(units: Tensor) -> list[Tensor]:
+    """Groups of examples (examples,) bool: all and, if they are worded in several ways, clusters of them. `units`
+    (examples, d), whose products are similarities."""
+    count = len(units)
+    similarities = units @ units.mT
+    groups = [torch.ones(count, dtype=torch.bool)]
+    alike = count < 2 or not (similarities.sum() - similarities.trace()) / (count * (count - 1)) < _ONE_WORDING
+    if alike:
+        return groups
+    seeds = [0]  # then the example that is least like all before
+    while len(seeds) < min(WORDINGS, count):
+        seeds.append(int(similarities[seeds].amax(dim=0).argmin()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # equal examples may leave a cluster empty
+        _, labels = kmeans2(units.numpy(), units[seeds].numpy(), minit="matrix")
+    return groups + [torch.from_numpy(labels == label) for label in set(labels.tolist())]
+
+
+@dataclass(frozen=True)
+class _Describer:
+    """Describes texts at some points of the base model. Descriptions are by the number of the first point of a place:
+    (rows, 2, d) on the CPU, under its text, as the store has it."""
+
+    reading: Reading
+    points: Sequence[Point]
+    run: TextRunner
+
+    def file(self, rows: Sequence[Sequence[int]], kind: str = "means") -> str:
+        """The name under which the store has what belongs to texts."""
+        modules = [point.module for point in self.points]
+        content = json.dumps([kind, modules, [list(row) for row in rows]])
+        return f"{self.reading.key}/described/{hashlib.sha256(content.encode()).hexdigest()[:24]}"
+
+    def described(self, texts: Texts) -> dict[str, Tensor]:
+        """The descriptions of texts, which are read now."""
+        first: dict[int, tuple[int, HiddenVectors]] = {}  # by tensor, since points of a layer may read the same one
+        for number, vectors in enumerate(read_finite(self.run, self.points, texts, self.reading.signal)):
+            first.setdefault(id(vectors.hidden), (number, vectors))
+        descriptions = {}
+        for number, vectors in first.values():
+            hidden, owners = vectors.responding
+            descriptions[str(number)] = both_means(hidden, owners, *emphasis(owners, len(texts.rows))).cpu()
+        return descriptions
+
+    def ordinary(self) -> Mapping[str, Tensor]:
+        """The descriptions of ordinary texts, from the store if it has them."""
+        store = self.reading.store
+        texts = self.reading.texts
+        file = self.file(texts.rows, "ordinary")
+        if not store.get(file):
+            store.put(file, self.described(texts))
+        return store.get(file)
+
+    def store_means(
+        self, texts_of: Mapping[str, Sequence[Sequence[int]]], spaces: Mapping[str, Spaces], width: int
+    ) -> None:
+        """Stores the means of the examples of each file of the store, if it has none. Examples are read together, as
+        many as there is room for with so many floats per token."""
+        store = self.reading.store
+        tokens = _HELD_BYTES // (4 * width)
+        # They do not depend on what is stored, so that processes side by side read the same texts together.
+        shares = {file: max(sum(map(len, rows)) / tokens, len(rows) / _TOGETHER) for file, rows in texts_of.items()}
+        for files in portions(texts_of, shares.__getitem__, 1.0):
+            missing = {file: texts_of[file] for file in files if not store.get(file)}
+            if not missing:
+                continue
+            descriptions = self.described(Texts([row for rows in missing.values() for row in rows], []))
+            counts = [len(rows) for rows in missing.values()]
+            by_place = [torch.split(descriptions[place], counts) for place in spaces]
+            for file, *own in zip(missing, *by_place, strict=True):
+                store.put(file, dict(zip(spaces, means_of(own, list(spaces.values())), strict=True)))
+
+
+def _places(ordinary: Mapping[str, Tensor]) -> list[int]:
+    """The points at which prompts are described, by the descriptions of ordinary texts. Points that read the same
+    vectors are one place, whether the runner gives them one tensor or not. What never changes, as the embedding of an
+    invocation, is none: its deviation from the mean is rounding."""
+    places: list[int] = []
+    for number in sorted(map(int, ordinary)):
+        descriptions = ordinary[str(number)]
+        varies = (descriptions - descriptions.mean(dim=0)).norm() > _CONSTANT * descriptions.norm()
+        if varies and not any(descriptions.equal(ordinary[str(place)]) for place in places):
+            places.append(number)
+    return places
 
 
 def examples_of(
@@ -172,54 +275,24 @@ def examples_of(
         examples: the token ids of each adapter's example prompts, in pool order; cut to the window.
         devices: of each point, where descriptions are compared.
     """
-    known = torch.tensor([bool(rows) for rows in examples])
-    if not known.any():
+    has_examples = torch.tensor([bool(rows) for rows in examples])
+    if not has_examples.any():
         return None
-    store, modules = reading.store, [point.module for point in points]
-
-    def name(rows: Sequence[Sequence[int]], kind: str = "means") -> str:
-        stated = json.dumps([kind, modules, [list(row) for row in rows]])
-        return f"{reading.key}/described/{hashlib.sha256(stated.encode()).hexdigest()[:24]}"
-
-    def read(texts: Texts) -> dict[str, Tensor]:
-        """The descriptions of texts by the number of the first point of each place: (rows, 2, d) on the CPU."""
-        first = dict[int, tuple[int, HiddenVectors]]()  # by tensor, since points of a layer may read the same one
-        for at, vectors in enumerate(read_finite(run, points, texts, reading.signal)):
-            first.setdefault(id(vectors.hidden), (at, vectors))
-        found = {}
-        for at, vectors in first.values():
-            hidden, owners = vectors.responding
-            found[str(at)] = both_means(hidden, owners, *emphasis(owners, len(texts.rows))).cpu()
-        return found
-
-    own = name(reading.texts.rows, "ordinary")
-    if not store.get(own):
-        store.put(own, read(reading.texts))
-    ordinary = store.get(own)
-    # Points that read the same vectors are one place, whether the runner gives them one tensor or not. What never
-    # changes, as the embedding of an invocation, is none: its deviation from the mean is rounding.
-    numbers = list[int]()
-    for at in sorted(map(int, ordinary)):
-        place = ordinary[str(at)]
-        varies = (place - place.mean(dim=0)).norm() > _CONSTANT * place.norm()
-        if varies and not any(place.equal(ordinary[str(other)]) for other in numbers):
-            numbers.append(at)
-    if not numbers:
+    describer = _Describer(reading, points, run)
+    ordinary = describer.ordinary()
+    places = _places(ordinary)
+    if not places:
         return None
-    spaces = {str(at): [Whitening.of(ordinary[str(at)][:, kind]) for kind in (0, 1)] for at in numbers}
-    every = {name(rows): rows for rows in examples if rows}
-    tokens = _HELD_BYTES // (4 * sum(place.shape[-1] for place in ordinary.values()))
-    # They do not depend on what is stored, so that processes side by side read the same texts together.
-    shares = {key: max(sum(map(len, rows)) / tokens, len(rows) / _TOGETHER) for key, rows in every.items()}
-    for part in portions(every, lambda key: shares[key], 1.0):
-        missing = {key: every[key] for key in part if not store.get(key)}
-        if missing:
-            found = read(Texts([row for rows in missing.values() for row in rows], []))
-            places = [torch.split(found[at], [len(rows) for rows in missing.values()]) for at in spaces]
-            for key, *described in zip(missing, *places, strict=True):
-                store.put(key, dict(zip(spaces, means_of(described, list(spaces.values())), strict=True)))
-    means = [store.get(name(rows)) for rows in examples if rows]
-    owners = torch.tensor([i for i, one in enumerate(means) for _ in next(iter(one.values()))])
-    placed = [[one.to(devices[at]) for one in spaces[str(at)]] for at in numbers]
-    centres = [torch.cat([one[str(at)] for one in means]).to(devices[at]) for at in numbers]
-    return Examples.of(placed, centres, known, owners, numbers)
+    spaces = {str(place): [Whitening.of(ordinary[str(place)][:, kind]) for kind in (0, 1)] for place in places}
+    files = [describer.file(rows) for rows in examples if rows]
+    texts_of = dict(zip(files, filter(None, examples), strict=True))
+    describer.store_means(texts_of, spaces, sum(descriptions.shape[-1] for descriptions in ordinary.values()))
+    stored = [reading.store.get(file) for file in files]
+    counts = torch.tensor([len(means[str(places[0])]) for means in stored])
+    return Examples.of(
+        spaces=[[space.to(devices[place]) for space in spaces[str(place)]] for place in places],
+        means=[torch.cat([means[str(place)] for means in stored]).to(devices[place]) for place in places],
+        has_examples=has_examples,
+        owners=torch.repeat_interleave(counts),
+        points=places,
+    )

@@ -6,8 +6,8 @@ output's size. The factors of all adapters are in one matrix, so that a pool of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, groupby
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from logo.adapters.adapter import Adapter, LoraWeights
+from logo.adapters.peft import WeightFile
 from logo.files import Store
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening
@@ -24,9 +25,13 @@ _CHUNK = 16 * 2**20
 # The least length of a hidden vector, to divide by.
 _SHORTEST = 1e-6
 # Progress is reported after so many adapters.
-_TOLD = 1000
+_REPORTED = 1000
 
 Tell = Callable[[int, int], None]  # (done, of how many)
+
+
+# `A (r, d)` and `s B (out, r)` of one adapter, float32.
+Factors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +45,7 @@ class ScoringIndex:
         adapters: in pool order; they all touch the point.
         sketch: of a whitening, its `Whitening.sketch` (m, d) and the sketch of the mean (m,).
         updates: (adapters,), `‖ΔW_i‖_F`.
+        factors: of those adapters whose whole responses were computed, by file; it grows when a signal needs them.
     """
 
     stacked: Tensor
@@ -49,6 +55,7 @@ class ScoringIndex:
     point: Point
     sketch: tuple[Tensor, Tensor] | None
     updates: Tensor
+    factors: dict[WeightFile, Factors] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -65,8 +72,9 @@ class ScoringIndex:
 
     def norms(self, hidden: Tensor) -> Tensor:
         """`‖ΔW_i h‖₂` for hidden (rows, d), or `‖ΔW_i W (h - μ)‖₂` with a whitening; (rows, adapters), float32."""
-        hidden, size = hidden.to(self.stacked.device, torch.float32), max(1, _CHUNK // max(1, len(self.stacked)))
-        parts = []
+        hidden = hidden.to(self.stacked.device, torch.float32)
+        size = max(1, _CHUNK // max(1, len(self.stacked)))
+        norms = []
         for part in [hidden] if len(hidden) <= size else torch.split(hidden, size):
             responses = self.stacked @ part.T  # (R, rows): CPU libraries are faster with the many rows on the left
             if self.offset is not None:
@@ -76,8 +84,8 @@ class ScoringIndex:
                 sums = squares.view(len(self.ranks), -1, len(part)).sum(dim=1)
             else:
                 sums = squares.new_zeros(len(self), len(part)).index_add_(0, self._owner, squares)
-            parts.append(sums.sqrt_().T)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            norms.append(sums.sqrt_().T)
+        return norms[0] if len(norms) == 1 else torch.cat(norms)
 
     def relative(self, hidden: Tensor) -> Tensor:
         """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂`, the length estimated by the sketch; arguments as `norms`."""
@@ -96,10 +104,14 @@ class ScoringIndex:
             yield torch.stack([(hidden @ a.T) @ b.T for a, b in part], dim=1)
 
     @cached_property
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """`A (r, d)` and `s B (out, r)` per adapter; they are read when a signal needs them."""
+    def _pairs(self) -> list[Factors]:
+        """The factors of every adapter; those that are not in `factors` are read."""
         module = self.point.module
-        return [_factors(adapter.read([module])[module], self.point, self.device) for adapter in self.adapters]
+        for adapter in self.adapters:
+            if adapter.file not in self.factors:
+                weights = adapter.read([module])[module]
+                self.factors[adapter.file] = _factors(weights, self.point, self.device)
+        return [self.factors[adapter.file] for adapter in self.adapters]
 
     @cached_property
     def _owner(self) -> Tensor | None:
@@ -110,12 +122,12 @@ class ScoringIndex:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class IndexRequest:
     """An index that is to be read, of adapters in pool order that touch the point, for scores on a device.
 
     Attributes:
         whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
-        before: an index of the same point and whitening, whose rows are reused for the adapters that it has.
+        before: an index of the same point and whitening, of which all is reused that it has of these adapters.
     """
 
     adapters: Sequence[Adapter]
@@ -125,42 +137,86 @@ class Wanted:
     before: ScoringIndex | None = None
 
     @property
+    def width(self) -> int:
+        """The size of the hidden vectors."""
+        return self.adapters[0].modules[self.point.module].in_features
+
+    @property
     def ranks(self) -> list[int]:
         """Rows per adapter: the smaller side of the part of `B_i` that belongs to the point."""
-        shapes, rows = [adapter.modules[self.point.module] for adapter in self.adapters], self.point.rows
+        shapes = [adapter.modules[self.point.module] for adapter in self.adapters]
+        rows = self.point.rows
         return [min(shape.rank, shape.out_features if rows is None else len(rows)) for shape in shapes]
 
     @property
     def bytes(self) -> int:
         """Memory of the stacked factors."""
-        return 4 * sum(self.ranks) * self.adapters[0].modules[self.point.module].in_features
+        return 4 * sum(self.ranks) * self.width
 
-    def begun(self) -> tuple[ScoringIndex, dict[str, int], Whitening | None]:
-        """The index with the rows that are known, the positions of the adapters that have to be read, and the whitening
-        where their rows are computed."""
-        adapters, before, whitening, sketch = self.adapters, self.before, self.whitening, None
+    def begun(self) -> _BegunIndex:
+        """The index with what is reused of the one before."""
+        ranks = self.ranks
+        stacked = torch.empty(sum(ranks), self.width, dtype=torch.float32, device=self.device)
+        updates = torch.empty(len(ranks), dtype=torch.float32, device=self.device)
+        whitening = self.whitening
+        sketch = None
         if whitening is not None:
             rows = whitening.sketch()
             sketch = rows.to(self.device), (rows @ whitening.mean).to(self.device)
             whitening = whitening.to(_with_qr(self.device))
-        width, ranks = adapters[0].modules[self.point.module].in_features, self.ranks
-        stacked = torch.empty(sum(ranks), width, dtype=torch.float32, device=self.device)
-        updates = torch.empty(len(ranks), dtype=torch.float32, device=self.device)
-        index = ScoringIndex(stacked, ranks, None, adapters, self.point, sketch, updates)
+        index = ScoringIndex(stacked, ranks, None, self.adapters, self.point, sketch, updates)
+        return _BegunIndex(index, self._reuse(index), whitening)
+
+    def _reuse(self, index: ScoringIndex) -> dict[str, int]:
+        """Copies what is known of adapters to their places in the index; returns the names and places of the others."""
+        before = self.before
+        if before is None:
+            return {adapter.name: place for place, adapter in enumerate(self.adapters)}
+        missing: dict[str, int] = {}
         # A file is an object that stands for one content: a file that was replaced is opened anew.
-        known = {} if before is None else {adapter.file: at for at, adapter in enumerate(before.adapters)}
-        missing = {}
-        for at, adapter in enumerate(adapters):
-            if before is not None and adapter.file in known:
-                updates[at] = before.updates[known[adapter.file]]
-                stacked[index.rows[at]] = before.stacked[before.rows[known[adapter.file]]]
-            else:
-                missing[adapter.name] = at
-        return index, missing, whitening
+        earlier_places = {adapter.file: place for place, adapter in enumerate(before.adapters)}
+        for place, adapter in enumerate(self.adapters):
+            earlier_place = earlier_places.get(adapter.file)
+            if earlier_place is None:
+                missing[adapter.name] = place
+                continue
+            index.updates[place] = before.updates[earlier_place]
+            index.stacked[index.rows[place]] = before.stacked[before.rows[earlier_place]]
+            if adapter.file in before.factors and before.device == index.device:
+                index.factors[adapter.file] = before.factors[adapter.file]
+        return missing
+
+
+@dataclass(frozen=True)
+class _BegunIndex:
+    """An index, of which the rows of some adapters are missing.
+
+    Attributes:
+        missing: name -> place in the index, of the adapters that have to be read.
+        whitening: where rows are computed; None: there is none.
+    """
+
+    index: ScoringIndex
+    missing: Mapping[str, int]
+    whitening: Whitening | None
+
+    def rows_of(self, weights: LoraWeights) -> tuple[Tensor, Tensor]:
+        """`R_i A_i` (rows, d) of an adapter, whitened, and `‖ΔW_i‖_F`."""
+        a, b = _factors(weights, self.index.point, _with_qr(self.index.device))
+        # A product of several adapters would make the last digits of one depend on the others.
+        product = torch.linalg.qr(b, mode="r").R @ a
+        size = product.norm()
+        return (product if self.whitening is None else self.whitening.fold(product)), size
+
+    def whole(self) -> ScoringIndex:
+        """The index, with its offset, once nothing is missing any more."""
+        if self.whitening is None:
+            return self.index
+        return replace(self.index, offset=self.index.stacked @ self.whitening.mean.to(self.index.device))
 
 
 def read_indices(
-    wanted: Sequence[Wanted], tell: Tell | None = None, store: Store | None = None, key: str = ""
+    requests: Sequence[IndexRequest], tell: Tell | None = None, store: Store | None = None, key: str = ""
 ) -> list[ScoringIndex]:
     """Reads the tensors of every adapter at these points, and makes an index of each point; files are opened once.
 
@@ -170,49 +226,76 @@ def read_indices(
 
     Raises AdapterError: one cannot be read.
     """
-    every = {adapter.name: adapter for one in wanted for adapter in one.adapters}
-    begun = [one.begun() for one in wanted]
-    for done, (name, adapter) in enumerate(every.items(), start=1):
-        if tell is not None and (done % _TOLD == 0 or done == len(every) > _TOLD):
-            tell(done, len(every))
-        parts = [(index, missing[name], whitening) for index, missing, whitening in begun if name in missing]
-        file = f"{key}/{adapter.digest}" if store and parts else ""
-        kept = store.get(file, hold=None) if store and parts else {}
-        new = [index.point.module for index, *_ in parts if index.point.module not in kept]
-        weights = adapter.read(new) if new else {}
-        for index, at, whitening in parts:
-            module = index.point.module
-            if module in weights:
-                a, b = _factors(weights[module], index.point, _with_qr(index.device))
-                product = torch.linalg.qr(b, mode="r").R @ a
-                # A product of several adapters would make the last digits of one depend on the others.
-                kept[module] = product if whitening is None else whitening.fold(product)
-                kept[f"{module} size"] = product.norm()
-            index.stacked[index.rows[at]], index.updates[at] = kept[module], kept[f"{module} size"]
-        if store and new:
-            store.put(file, {name: tensor.cpu() for name, tensor in kept.items()}, hold=None)
-    return [
-        index if whitening is None else replace(index, offset=index.stacked @ whitening.mean.to(index.device))
-        for index, _, whitening in begun
-    ]
+    begun = [request.begun() for request in requests]
+    adapters = {adapter.name: adapter for request in requests for adapter in request.adapters}
+    for done, adapter in enumerate(adapters.values(), start=1):
+        if tell is not None and (done % _REPORTED == 0 or done == len(adapters) > _REPORTED):
+            tell(done, len(adapters))
+        lacking = [index for index in begun if adapter.name in index.missing]
+        if lacking:
+            _read_rows(adapter, lacking, store, key)
+    return [index.whole() for index in begun]
 
 
-def joined(indices: Sequence[ScoringIndex]) -> tuple[list[ScoringIndex], list[tuple[int, ScoringIndex]]]:
-    """The same indices, where neighbours that read the same vectors (their whitenings are equal) are parts of one; and
-    these, each with the number of its first point. They have no `responses`."""
-    parts, every = list[ScoringIndex](), list[tuple[int, ScoringIndex]]()
-    for _, group in groupby(
-        indices, key=lambda at: (at.stacked.shape[1], (at.sketch and at.sketch[1].tolist()) or id(at))
-    ):
-        some = list(group)
-        offsets, updates = [one.offset for one in some if one.offset is not None], [one.updates for one in some]
-        stacked, offset = torch.cat([one.stacked for one in some]), torch.cat(offsets) if offsets else None
-        ranks, adapters = [n for one in some for n in one.ranks], [one for index in some for one in index.adapters]
-        whole = ScoringIndex(stacked, ranks, offset, adapters, some[0].point, some[0].sketch, torch.cat(updates))
-        every.append((len(parts), whole))
-        rows = torch.split(stacked, [len(one.stacked) for one in some])
-        parts += [replace(one, stacked=own) for one, own in zip(some, rows, strict=True)]
-    return parts, every
+def _read_rows(adapter: Adapter, lacking: Sequence[_BegunIndex], store: Store | None, key: str) -> None:
+    """Fills in the rows of an adapter in the indices that lack them, from the store or from its file."""
+    file = "" if store is None else f"{key}/{adapter.digest}"
+    tensors = {} if store is None else dict(store.get(file, hold=None))
+    modules = [begun.index.point.module for begun in lacking]
+    new = [module for module in modules if module not in tensors]
+    weights = adapter.read(new) if new else {}
+    for begun, module in zip(lacking, modules, strict=True):
+        if module in weights:
+            tensors[module], tensors[f"{module} size"] = begun.rows_of(weights[module])
+        index = begun.index
+        place = begun.missing[adapter.name]
+        index.stacked[index.rows[place]] = tensors[module]
+        index.updates[place] = tensors[f"{module} size"]
+    if store is not None and new:
+        store.put(file, {name: tensor.cpu() for name, tensor in tensors.items()}, hold=None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Neighbouring points that read the same hidden vectors, so that one product scores the adapters of all.
+
+    Attributes:
+        first: the number of the first of these points.
+        index: of the adapters of the first point, then of the next one, and so on.
+    """
+
+    first: int
+    index: ScoringIndex
+
+
+def side_by_side(indices: Sequence[ScoringIndex]) -> tuple[list[ScoringIndex], list[Place]]:
+    """Stacks the indices of neighbours that read the same vectors. Returns the same indices, whose rows are parts of
+    these stacks, and the places; indices of several points have no `responses`."""
+    parts: list[ScoringIndex] = []
+    places: list[Place] = []
+    for _, neighbours in groupby(indices, key=_vectors_read):
+        group = list(neighbours)
+        stacked = torch.cat([index.stacked for index in group])
+        offsets = [index.offset for index in group if index.offset is not None]
+        whole = ScoringIndex(
+            stacked=stacked,
+            ranks=[rank for index in group for rank in index.ranks],
+            offset=torch.cat(offsets) if offsets else None,
+            adapters=[adapter for index in group for adapter in index.adapters],
+            point=group[0].point,
+            sketch=group[0].sketch,
+            updates=torch.cat([index.updates for index in group]),
+        )
+        places.append(Place(len(parts), whole))
+        rows = torch.split(stacked, [len(index.stacked) for index in group])
+        parts += [replace(index, stacked=own_rows) for index, own_rows in zip(group, rows, strict=True)]
+    return parts, places
+
+
+def _vectors_read(index: ScoringIndex) -> tuple[object, ...]:
+    """Equal for indices that read the same vectors: the whitenings of these have the same mean."""
+    width = index.stacked.shape[1]
+    return (width, id(index)) if index.sketch is None else (width, index.sketch[1].tolist())
 
 
 def _with_qr(device: torch.device) -> torch.device:
@@ -220,7 +303,7 @@ def _with_qr(device: torch.device) -> torch.device:
     return device if device.type == "cuda" else torch.device("cpu")
 
 
-def _factors(weights: LoraWeights, point: Point, device: torch.device) -> tuple[Tensor, Tensor]:
+def _factors(weights: LoraWeights, point: Point, device: torch.device) -> Factors:
     """`A (r, d)` and `s B (out, r)` in float32, on a device."""
     b = weights.B if point.rows is None else weights.B[list(point.rows)]
     return weights.A.to(device).float(), b.to(device).float() * weights.scaling

@@ -40,7 +40,9 @@ class Probe:
         read: ProbeInput = "residual",
         run: Callable[[Tensor, Tensor, DynamicCache, dict[str, Any]], None] | None = None,
     ) -> None:
-        self.model, self.points, self._run = model, tuple(points), run
+        self.model = model
+        self.points = tuple(points)
+        self._run = run
         self._places = [point.layer_path if read == "residual" else point.module for point in self.points]
         self._modules = {place: model.get_submodule(place) for place in dict.fromkeys(self._places)}
 
@@ -93,5 +95,6 @@ def pick(begins: Sequence[int], ends: Sequence[int], width: int) -> tuple[Tensor
     """The tokens from `begins` up to `ends` of each row of a batch: their positions in the flattened (rows, width) ids,
     and their rows; (vectors,) int64 each, on the CPU."""
     spans = list(enumerate(map(range, begins, ends)))
-    at = torch.tensor([row * width + position for row, span in spans for position in span], dtype=torch.int64)
-    return at, torch.tensor([row for row, span in spans for _ in span], dtype=torch.int64)
+    positions = torch.tensor([row * width + position for row, span in spans for position in span], dtype=torch.int64)
+    owners = torch.tensor([row for row, span in spans for _ in span], dtype=torch.int64)
+    return positions, owners

@@ -40,7 +40,8 @@ from logo.selection.signals import Scale
 # The least spread, as a share of the usual one: a small spread on a few neutral texts may be an accident.
 _LEAST_SPREAD = 0.25
 # Larger z are clipped, so that no point decides alone; excesses, since adapters may have been made for the requests.
-_LARGEST_Z, _LARGEST_EXCESS = 20.0, 1.0
+_LARGEST_Z = 20.0
+_LARGEST_EXCESS = 1.0
 # How far an adapter that responds nowhere lies behind all others: too little for anything but the order.
 _BEHIND = 0.001
 # A token's weight divided by the next one's: the last three tokens have 58 % of the weight, the last ten 94 %.
@@ -49,7 +50,8 @@ FADING = 0.75
 LATE_WEIGHT = 0.5
 # Fitted to the calibration texts of three pools of different base models, FEW was 4 to 11. With these tokenizers, the
 # texts have 13 to 15 tokens in the median.
-FEW, USUAL = 5.0, 13
+FEW = 5.0
+USUAL = 13
 # What `apart` becomes by scaling: that of 43 adapters of one training config for Gemma 3 270M.
 UNIT = 0.33
 
@@ -69,12 +71,13 @@ def row_means(values: Tensor, owners: Tensor, rows: int) -> Tensor:
 def emphasis(owners: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """The weight of each vector in the even and in the late mean of its row (vectors, 2), 1 for the row's last vector;
     and the sums of weights (rows, 2). `owners` (vectors,) are their rows, each in the order of its tokens."""
-    weights, before = list[list[float]](), dict[int, float]()
+    weights: list[list[float]] = []
+    next_weights: dict[int, float] = {}  # of the late mean, by row
     for row in reversed(owners.tolist()):  # in Python, since rows are windows of few tokens
-        late = before[row] = before.get(row, 1 / FADING) * FADING
+        late = next_weights[row] = next_weights.get(row, 1 / FADING) * FADING
         weights.append([1.0, late])
-    found = torch.tensor(weights[::-1], dtype=torch.float32).view(-1, 2)
-    return found, row_sums(found, owners, rows)
+    stacked = torch.tensor(weights[::-1], dtype=torch.float32).view(-1, 2)
+    return stacked, row_sums(stacked, owners, rows)
 
 
 def both_means(values: Tensor, owners: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
@@ -113,28 +116,38 @@ class Reference:
     def of(cls, neutral: Tensor, requests: Tensor | None = None, weights: Tensor | None = None) -> Reference:
         """The reference that `a` (adapters, points, texts) gives; -inf or NaN means that there is no response. Neutral
         texts give mean and spread, requests the excess, and both the trust."""
-        every = neutral if requests is None else torch.cat([neutral, requests], dim=2)
-        responds = every.isfinite().all(dim=2)
+        texts = neutral if requests is None else torch.cat([neutral, requests], dim=2)
+        responds = texts.isfinite().all(dim=2)
         known = torch.where(responds[:, :, None], neutral, torch.zeros(()))
         spread = known.std(dim=2)
-        usual = torch.where(responds, spread, torch.nan).nanmedian(dim=0).values.nan_to_num(1.0)
-        spread = spread.maximum((_LEAST_SPREAD * usual).clamp_min(1e-6))
-        weights = neutral.new_ones(responds.shape[1]) if weights is None else weights
-        excess, ones = known.new_zeros(len(known)), known.new_ones(len(known))
-        reference = cls(known.mean(dim=2), spread, responds, excess, ones, weights)
-        mean_z, somewhere, count = reference._mean_z(every), responds.any(dim=1), neutral.shape[2]
-        if not somewhere.any():
+        usual_spread = torch.where(responds, spread, torch.nan).nanmedian(dim=0).values.nan_to_num(1.0)
+        reference = cls(
+            mean=known.mean(dim=2),
+            spread=spread.maximum((_LEAST_SPREAD * usual_spread).clamp_min(1e-6)),
+            responds=responds,
+            excess=known.new_zeros(len(known)),
+            trust=known.new_ones(len(known)),
+            weights=neutral.new_ones(responds.shape[1]) if weights is None else weights,
+        )
+        if not responds.any():
             return reference
-        swing = mean_z.std(dim=1)
-        if mean_z.shape[1] > count:
-            typical = mean_z[:, count:].median(dim=1).values
+        return reference._between_adapters(reference._mean_z(texts), neutral.shape[2])
+
+    def _between_adapters(self, mean_z: Tensor, neutral: int) -> Reference:
+        """With what follows from the mean z (adapters, texts) of all adapters, of which so many texts are neutral."""
+        somewhere = self.responds.any(dim=1)
+        excess = self.excess
+        if mean_z.shape[1] > neutral:
+            typical = mean_z[:, neutral:].median(dim=1).values
             excess = (typical - typical[somewhere].median()).clamp(-_LARGEST_EXCESS, _LARGEST_EXCESS)
+        swing = mean_z.std(dim=1)
         trust = (swing[somewhere].median().clamp_min(_LEAST_SPREAD) / swing.clamp_min(1e-6)).clamp(max=1.0)
         # Not of the requests: adapters may have been made for them, so that their margins are no chance.
-        strangers, apart = ((mean_z[:, :count] - excess[:, None]) * trust[:, None]).T[:, somewhere], UNIT
-        if strangers.shape[1] > 1:
-            apart = max(float(strangers.var(dim=1).mean().sqrt()), UNIT / 2)  # margins are at most doubled
-        return replace(reference, excess=excess, trust=trust, apart=apart)
+        neutral_scores = ((mean_z[:, :neutral] - excess[:, None]) * trust[:, None]).T[:, somewhere]
+        apart = UNIT
+        if neutral_scores.shape[1] > 1:
+            apart = max(float(neutral_scores.var(dim=1).mean().sqrt()), UNIT / 2)  # margins are at most doubled
+        return replace(self, excess=excess, trust=trust, apart=apart)
 
     def factors(self, tokens: Tensor) -> Tensor:
         """What the scores of prompts with so many tokens (rows,) are multiplied by: float32 (rows,)."""
@@ -146,16 +159,18 @@ class Reference:
         z = ((responses - self.mean[:, :, None]) / self.spread[:, :, None]).clamp(-_LARGEST_Z, _LARGEST_Z)
         return torch.where(self.responds[:, :, None], z, torch.zeros(()))
 
-    def scores(self, responses: Tensor, among: Tensor | None = None) -> Tensor:
+    def compare(self, responses: Tensor, selectable: Tensor | None = None) -> Tensor:
         """Scores (rows, adapters) of `a` (adapters, points, rows). An adapter that responds nowhere comes last: it gets
-        hardly less than the lowest score of the others, of those that may be selected by `among` (rows, adapters) bool
-        (None: all)."""
+        hardly less than the lowest score of the others, of those that are `selectable` (rows, adapters) bool (None:
+        all)."""
         scores = ((self._mean_z(responses) - self.excess[:, None]) * self.trust[:, None]).T
         if self._some_silent:
             heard = self.responds.any(dim=1)
-            for row, asked in zip(scores, scores.new_ones(scores.shape) if among is None else among, strict=True):
-                others = heard & asked.bool()
-                row[~heard] = row[others if others.any() else heard].min() - _BEHIND
+            if selectable is None:
+                selectable = torch.ones_like(scores, dtype=torch.bool)
+            for row, allowed in zip(scores, selectable, strict=True):
+                compared = heard & allowed
+                row[~heard] = row[compared if compared.any() else heard].min() - _BEHIND
         return scores
 
     @cached_property
@@ -181,13 +196,14 @@ def contrast(neutral: Tensor, requests: Tensor) -> Tensor:
     Arguments as `choose`; 1 means that adapters differ on requests no more than on neutral texts.
     """
     reference = Reference.of(neutral)
-    z, result = reference.z(requests), requests.new_zeros(requests.shape[1])
+    z = reference.z(requests)
+    contrasts = requests.new_zeros(requests.shape[1])
     for point, responds in enumerate(reference.responds.T):
-        part = z[responds, point]  # (adapters that respond, texts)
-        if len(part) > 1:
-            part = part - part.mean(dim=1, keepdim=True)
-            result[point] = (part - part.mean(dim=0)).std()
-    return result
+        own_z = z[responds, point]  # (adapters that respond, texts)
+        if len(own_z) > 1:
+            centred = own_z - own_z.mean(dim=1, keepdim=True)
+            contrasts[point] = (centred - centred.mean(dim=0)).std()
+    return contrasts
 
 
 def choose(neutral: Tensor, requests: Tensor, most: int, enough: float, each: int = LEAST_POINTS) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from logo.adapters.activation import earliest
+from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.files import Store, cache_folder
 from logo.models import input_device, padded
 from logo.prefix_cache import PrefixCache
 from logo.selection.calibration import Calibration, Reading, TextRunner, calibrate, read_texts, whitenings
 from logo.selection.examples import Examples, examples_of
-from logo.selection.index import ScoringIndex, Tell, Wanted, joined, read_indices
-from logo.selection.points import Point, plan
+from logo.selection.index import IndexRequest, Place, ScoringIndex, Tell, read_indices, side_by_side
+from logo.selection.plan import plan
+from logo.selection.points import Point
 from logo.selection.probe import Probe, pick
 from logo.selection.reference import LATE_WEIGHT, Reference, both_means, emphasis, finished, row_means
 from logo.selection.selector import EXAMPLES, RESPONSES, Selector, relative_sizes
@@ -37,13 +39,73 @@ _CONSTANT = 1e-4
 
 
 @dataclass(frozen=True)
+class BaseReader:
+    """What reads the texts of calibrations and the prompts of one base model.
+
+    Attributes:
+        model: the base model; with `run`, it may be a skeleton on the meta device.
+        encode: as prompts are encoded (`logo.prompts.Prompts.texts`).
+        run: runs texts; None: `model` itself does. If it raises, what was read before is in the store, and
+            `Scorer.open` may be called again with the same one.
+        device: where scores are computed; None: on the device of the hidden vectors.
+        store: where calibrations are; None: that of an earlier scorer, or a new one in the folder of the settings.
+        prefix_cache: for a pool whose adapters act only from a position on (`AdapterPool.read_once`); None: such a
+            pool is probed like any other, but its prompts are read whole.
+    """
+
+    model: nn.Module
+    encode: Encode
+    run: TextRunner | None = None
+    device: torch.device | None = None
+    store: Store | None = None
+    prefix_cache: PrefixCache | None = None
+
+    @property
+    def runner(self) -> TextRunner:
+        """What runs texts."""
+        return self.run or partial(read_texts, self.model)
+
+    def encoded(self, signal: Signal, texts: Sequence[str], *, varied: bool = False) -> list[list[int]]:
+        """The token ids of texts as a signal reads them, cut to its window; `varied` as in `Prompts.texts`."""
+        ending = next((activation.tokens for activation in signal.activations if activation.tokens), ())
+        return [list(windowed(row, signal.window)) for row in self.encode(texts, ending, varied)]
+
+    def device_at(self, point: Point) -> torch.device:
+        """Where scores of a point are computed; of a model that is offloaded or a skeleton, on the CPU."""
+        layer = self.model.get_submodule(point.layer_path)
+        device = self.device or next(layer.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def reading(self, signal: Signal, settings: SelectionSettings, before: Scorer | None) -> Reading:
+        """What is read for the calibration of a signal; the texts of an earlier scorer, if it has the same signal."""
+        earlier = None if before is None else before.reading
+        store = self.store or (Store(cache_folder(settings.cache)) if earlier is None else earlier.store)
+        if before is not None and earlier is not None and before.signal == signal:
+            return replace(earlier, model=self.model, store=store)
+        requests: list[list[int]] = []
+        if signal.chosen:
+            requests = self.encoded(signal, settings.calibration_prompts or REQUESTS)
+        neutral = self.encoded(signal, NEUTRAL, varied=True)
+        return Reading.of(self.model, signal, Texts(neutral, requests), store)
+
+    def examples(
+        self, reading: Reading, settings: SelectionSettings, adapters: Sequence[Adapter], points: Sequence[Point]
+    ) -> Examples | None:
+        """The described example prompts of adapters; None: there are none, or they are not used."""
+        if reading.signal.scale != "whitened" or settings.examples != "use":
+            return None
+        rows = [self.encoded(reading.signal, adapter.examples) if adapter.examples else [] for adapter in adapters]
+        return examples_of(reading, rows, points, [self.device_at(point) for point in points], self.runner)
+
+
+@dataclass(frozen=True)
 class Scorer:
     """Scores the adapters of one state of a pool for batches of prompts, by one signal.
 
     Attributes:
         signal: the registered signal with the window and the activations of the pool.
         indices: one per point that is read, of the adapters that touch it.
-        joined: fewer indices with the same rows, each with the number of its first point.
+        places: fewer indices with the same rows.
         probe: reads the hidden vectors of these points.
         calibration: what responses are compared with; None for signals of the scale `"raw"`.
         examples: described example prompts; None: no adapter has any, or they are not used.
@@ -54,7 +116,7 @@ class Scorer:
 
     signal: Signal
     indices: tuple[ScoringIndex, ...]
-    joined: tuple[tuple[int, ScoringIndex], ...]
+    places: tuple[Place, ...]
     probe: Probe
     calibration: Calibration | None
     examples: Examples | None
@@ -65,17 +127,12 @@ class Scorer:
     @classmethod
     def open(
         cls,
-        model: nn.Module,
+        base: BaseReader,
         pool: AdapterPool,
         settings: SelectionSettings,
         signal: str,
-        encode: Encode,
         *,
-        run: TextRunner | None = None,
-        device: torch.device | None = None,
-        prefix_cache: PrefixCache | None = None,
         before: Scorer | None = None,
-        store: Store | None = None,
         tell: Tell | None = None,
     ) -> Scorer:
         """The scorer of a signal: plan, calibrate (what is not stored), whiten, describe examples, index.
@@ -84,68 +141,58 @@ class Scorer:
         for ever.
 
         Args:
-            model: the base model, to which the pool is fitted; with `run`, it may be a skeleton on the meta device.
-            encode: as prompts are encoded (`logo.prompts.Prompts.texts`).
-            run: runs texts; None: `model` itself does. If it raises, what was read before is in the store, and `open`
-                may be called again with the same one.
-            device: where scores are computed; None: on the device of the hidden vectors.
-            prefix_cache: for a pool whose adapters act only from a position on (`AdapterPool.read_once`); None: such a
-                pool is probed like any other, but its prompts are read whole.
+            pool: fitted to the base model.
             before: the scorer of the same signal for an earlier state of the pool, whose valid parts are reused.
-            store: where calibrations are; None: that of `before`, or a new one in the folder of the settings.
             tell: called with 0 and the number of adapters first, and then as by `logo.selection.index.read_indices`.
 
         Raises PoolError, UsageError or ModelError: the pool cannot be scored as the settings ask; AdapterError.
         """
-        how, planned = settings.reading(pool, signal), plan(model, pool, settings, signal)
-        adapters, points = planned.adapters, planned.points
-        alike = before if before is not None and before.signal == how else None
-        earlier = None if before is None else before.reading
+        signal_read = settings.reading(pool, signal)
+        planned = plan(base.model, pool, settings, signal)
         if tell is not None:
-            tell(0, len(adapters))
-
-        def encoded(texts: Sequence[str], varied: bool = False) -> list[list[int]]:
-            ending = next((one.tokens for one in how.activations if one.tokens), ())
-            return [list(windowed(row, how.window)) for row in encode(texts, ending, varied)]
-
-        run = run or partial(read_texts, model)
-        reading, calibration, examples, whitened = None, None, None, dict[str, Whitening]()
-        if how.scale != "raw":
-            store = store or (earlier.store if earlier else Store(cache_folder(settings.cache)))
-            if alike is not None and earlier:  # a template may write the time: texts are encoded once
-                reading = replace(earlier, model=model, store=store)
-            else:
-                requests = encoded(settings.calibration_prompts or REQUESTS) if how.chosen else []
-                reading = Reading.of(model, how, Texts(encoded(NEUTRAL, varied=True), requests), store)
-            calibration = calibrate(reading, planned, run)
+            tell(0, len(planned.adapters))
+        points = planned.points
+        reading: Reading | None = None
+        calibration: Calibration | None = None
+        examples: Examples | None = None
+        spaces: Mapping[str, Whitening] = {}
+        if signal_read.scale != "raw":
+            reading = base.reading(signal_read, settings, before)
+            calibration = calibrate(reading, planned, base.runner)
             points = calibration.points
-            whitened = whitenings(reading, points, run)
-        devices = [device or next(model.get_submodule(p.layer_path).parameters()).device for p in points]
-        devices = [torch.device("cpu") if one.type == "meta" else one for one in devices]  # offloaded, or a skeleton
-        if reading is not None and how.scale == "whitened" and settings.examples == "use":
-            rows = [encoded(prompts) if (prompts := adapter.examples) else [] for adapter in adapters]
-            examples = examples_of(reading, rows, points, devices, run)
-        if reading is not None:
+            spaces = whitenings(reading, points, base.runner)
+            examples = base.examples(reading, settings, planned.adapters, points)
             reading.store.release(reading.key)
-        known = {} if alike is None else {index.point: index for index in alike.indices}
-        wanted = [
-            Wanted([a for a in adapters if p.module in a.modules], p, at, whitened.get(p.module), known.get(p))
-            for p, at in zip(points, devices, strict=True)
+        earlier: dict[Point, ScoringIndex] = {}
+        if before is not None and before.signal == signal_read:
+            earlier = {index.point: index for index in before.indices}
+        requests = [
+            IndexRequest(
+                adapters=[adapter for adapter in planned.adapters if point.module in adapter.modules],
+                point=point,
+                device=base.device_at(point),
+                whitening=spaces.get(point.module),
+                before=earlier.get(point),
+            )
+            for point in points
         ]
-        kept = (None, "") if reading is None else (reading.store, f"{reading.key}/rows")
-        indices, names, sizes = read_indices(wanted, tell, *kept), tuple(adapter.name for adapter in adapters), {}
-        every = list(enumerate(indices))
-        if how.plugin is None and len(indices) > 1:
-            indices, every = joined(indices)
-        if calibration is not None:
-            touched = torch.tensor([[point.module in a.modules for point in points] for a in adapters])
-            found = relative_sizes([index.updates for index in indices], calibration.weight_norms, touched)
-            sizes = dict(zip(names, found.tolist(), strict=True))
-        evidence = None if calibration is None else RESPONSES if examples is None else EXAMPLES
-        selector = Selector(names, pool.default_k, evidence, sizes)
-        once = prefix_cache if how.activations else None
-        probe = Probe(model, points, how.input, None if once is None else once.forward)
-        return cls(how, tuple(indices), tuple(every), probe, calibration, examples, selector, reading, once)
+        store = None if reading is None else reading.store
+        indices = read_indices(requests, tell, store, "" if reading is None else f"{reading.key}/rows")
+        places = [Place(number, index) for number, index in enumerate(indices)]
+        if signal_read.plugin is None and len(indices) > 1:  # signals of others may need whole responses
+            indices, places = side_by_side(indices)
+        prefix_cache = base.prefix_cache if signal_read.activations else None
+        return cls(
+            signal=signal_read,
+            indices=tuple(indices),
+            places=tuple(places),
+            probe=Probe(base.model, points, signal_read.input, None if prefix_cache is None else prefix_cache.forward),
+            calibration=calibration,
+            examples=examples,
+            selector=_selector(pool, planned.adapters, indices, calibration, examples),
+            reading=reading,
+            prefix_cache=prefix_cache,
+        )
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -161,14 +208,17 @@ class Scorer:
     def _cells(self) -> Tensor:
         """(responses,): where each response of `per_point` belongs in the flattened (adapters, readings)."""
         columns = [index.adapters for index in self.indices] * self.signal.readings
-        starts = {name: i * len(columns) for i, name in enumerate(self.selector.names)}
-        return torch.tensor([starts[adapter.name] + at for at, some in enumerate(columns) for adapter in some])
+        starts = {name: number * len(columns) for number, name in enumerate(self.selector.names)}
+        return torch.tensor(
+            [starts[adapter.name] + column for column, adapters in enumerate(columns) for adapter in adapters]
+        )
 
     @cached_property
     def _reference(self) -> Reference | None:
         if self.calibration is None:
             return None
-        neutral, requests = self.calibration.neutral, self.calibration.requests
+        neutral = self.calibration.neutral
+        requests = self.calibration.requests
         if self.signal.scale == "whitened":  # logarithms; what never changes, as behind an invocation, says nothing
             constant = torch.cat([neutral, requests], dim=2).std(dim=2) < _CONSTANT
             neutral = neutral.masked_fill(constant[:, :, None], torch.nan)
@@ -181,8 +231,8 @@ class Scorer:
         its stored responses and without example prompts."""
         assert self.calibration is not None
         responses = self.calibration.neutral[:, :, text].flatten()[self._cells]
-        found: list[float] = self.scores([responses[None]], [], torch.tensor([tokens]))[0].tolist()
-        return found
+        scores: list[float] = self.score_responses([responses[None]], [], torch.tensor([tokens]))[0].tolist()
+        return scores
 
     def __call__(self, rows: Sequence[Sequence[int]], among: Sequence[Collection[str] | None] = ()) -> Tensor:
         """Scores (rows, adapters), float32 on the CPU, of prompts as token ids; each is cut to the window here.
@@ -191,40 +241,46 @@ class Scorer:
             among: the names of the adapters that may be selected in each row (None: all of them), whose scores are
                 right; those of others may not be. Empty: all in every row.
         """
-        signal, most = self.signal, math.inf if self.signal.window == WHOLE else sum(self.signal.window)
+        signal = self.signal
         # Plugins may need gradients of their own, and pages that are kept must not be inference tensors.
-        kept = signal.plugin is not None or self.prefix_cache is not None
-        with torch.no_grad() if kept else torch.inference_mode():
+        outlive = signal.plugin is not None or self.prefix_cache is not None
+        with torch.no_grad() if outlive else torch.inference_mode():
             if self.prefix_cache is None:
+                most = math.inf if signal.window == WHOLE else sum(signal.window)
                 rows = [row if len(row) <= most else windowed(row, signal.window) for row in rows]
                 ids, mask = padded(rows, input_device(self.probe.model))
                 picked, owners = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
                 hidden = self.probe(ids, mask, picked.to(ids.device))
             else:  # tokens on which adapters act are never cached
-                ends, read = [earliest(signal.activations, row) for row in rows], partial(self._read_rest, rows)
+                ends = [earliest(signal.activations, row) for row in rows]
+                read = partial(self._read_uncached, rows)
                 hidden, owners = self.prefix_cache.extend(rows, ends, read, fresh=signal.token == "mean")
             if signal.token == "mean":
                 means = {id(vectors): row_means(vectors, owners, len(rows)) for vectors in hidden}
-                hidden, owners = [means[id(vectors)] for vectors in hidden], torch.arange(len(rows))
-            (weights, sums), at = emphasis(owners, len(rows)), self.indices[0].device
-            columns = [signal(index, hidden[point]).to(at) for point, index in self.joined]
-            columns = [torch.cat(columns, dim=1), *(hidden[point].to(at) for point in self.described)]
-            responses, *descriptions = [both_means(column, owners, weights, sums) for column in columns]
-            per_point = finished(responses[:, : signal.readings].flatten(1), signal.scale)
-            return self.scores([per_point], descriptions, sums[:, 0], among)
+                hidden = [means[id(vectors)] for vectors in hidden]
+                owners = torch.arange(len(rows))
+            weights, sums = emphasis(owners, len(rows))
+            device = self.indices[0].stacked.device
+            responses = torch.cat([signal(place.index, hidden[place.first]).to(device) for place in self.places], dim=1)
+            response_means = both_means(responses, owners, weights, sums)[:, : signal.readings]
+            descriptions = [both_means(hidden[point].to(device), owners, weights, sums) for point in self.described]
+            per_point = finished(response_means.flatten(1), signal.scale)
+            return self.score_responses([per_point], descriptions, sums[:, 0], among)
 
-    def _read_rest(
+    def _read_uncached(
         self, rows: Sequence[Sequence[int]], ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
         """Reads what is not cached of rows; see `PrefixCache.extend`. Returns hidden vectors and their owners."""
-        width, begins, ends = ids.shape[1], [], []
-        for row, count in zip(rows, mask[:, : mask.shape[1] - width].sum(dim=1).tolist(), strict=True):
-            begins.append(max(0, self.signal.begin(row) - count))
-            ends.append(len(row) - count)
+        width = ids.shape[1]
+        begins = []
+        ends = []
+        for row, cached in zip(rows, mask[:, : mask.shape[1] - width].sum(dim=1).tolist(), strict=True):
+            begins.append(max(0, self.signal.begin(row) - cached))
+            ends.append(len(row) - cached)
         picked, owners = pick(begins, ends, width)
         return self.probe(ids, mask, picked.to(ids.device), cache, options), owners
 
-    def scores(
+    def score_responses(
         self,
         per_point: Sequence[Tensor],
         descriptions: Sequence[Tensor],
@@ -240,18 +296,36 @@ class Scorer:
             tokens: (rows,), how many were read of each prompt.
             among: as in `__call__`.
         """
+        names = self.selector.names
         responses = torch.cat(list(per_point), dim=1).cpu().T  # (responses, rows)
-        known, columns = self.selector.names, len(self.indices) * self.signal.readings
+        columns = len(self.indices) * self.signal.readings
         if self._reference is None:  # a response that is not a number has to be seen
-            return row_means(responses, self._cells // columns, len(known)).T
-        asked, count = None, len(known)
-        if any(names is not None for names in among):
-            asked = torch.tensor([[names is None or name in names for name in known] for names in among])
-        every = torch.full((count * columns, responses.shape[1]), torch.nan, dtype=torch.float32)
-        every[self._cells] = responses
-        scores = self._reference.scores(every.view(count, columns, -1), asked)
+            return row_means(responses, self._cells // columns, len(names)).T
+        selectable = None
+        if any(allowed is not None for allowed in among):
+            selectable = torch.tensor([[allowed is None or name in allowed for name in names] for allowed in among])
+        by_cell = torch.full((len(names) * columns, responses.shape[1]), torch.nan, dtype=torch.float32)
+        by_cell[self._cells] = responses
+        scores = self._reference.compare(by_cell.view(len(names), columns, -1), selectable)
         if self.examples is not None and descriptions:
-            return self.examples.scores(descriptions, scores, asked)
+            return self.examples.add_to(scores, descriptions, selectable)
         if self.signal.token == "each" and self.examples is None:
             scores = scores * self._reference.factors(tokens)[:, None]
         return scores
+
+
+def _selector(
+    pool: AdapterPool,
+    adapters: Sequence[Adapter],
+    indices: Sequence[ScoringIndex],
+    calibration: Calibration | None,
+    examples: Examples | None,
+) -> Selector:
+    """The selector of the adapters of a pool that are scored; without a calibration, scores have no scale."""
+    names = tuple(adapter.name for adapter in adapters)
+    if calibration is None:
+        return Selector(names, pool.default_k, None)
+    touched = torch.tensor([[point.module in adapter.modules for point in calibration.points] for adapter in adapters])
+    sizes = relative_sizes([index.updates for index in indices], calibration.weight_norms, touched).tolist()
+    evidence = RESPONSES if examples is None else EXAMPLES
+    return Selector(names, pool.default_k, evidence, dict(zip(names, sizes, strict=True)))

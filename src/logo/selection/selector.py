@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
@@ -48,6 +49,7 @@ HALVED = 0.08
 USUAL_SIZE = 0.03
 # How likely it is that a prompt belongs to some adapter of the pool, unless the user says otherwise.
 PRIOR = 0.8
+_USUAL_LOGIT = math.log(PRIOR / (1 - PRIOR))
 # Below this confidence a selection counts as unsure, unless the user says otherwise: most prompts outside every task.
 UNSURE = 0.15
 # Adapters with less than this share of the best one's weight, which gets theirs, are left out: each costs as much as
@@ -82,19 +84,16 @@ class Evidence:
         """The confidence that scores (adapters,), sorted with the best first, give; the prior for a single adapter."""
         if len(ranked) == 1:
             return prior
-        field = ranked[1 : 1 + FIELD]
-        evidence = (ranked[0] - sum(field) / len(field)) / self.spread(ranked) + max(0.0, ranked[0] - self.familiar)
-        odds = self.steepness * (evidence - self.even) + _logit(prior) - _logit(PRIOR)
+        behind = ranked[1 : 1 + FIELD]
+        margin = (ranked[0] - sum(behind) / len(behind)) / self.spread(ranked)
+        evidence = margin + max(0.0, ranked[0] - self.familiar)
+        odds = self.steepness * (evidence - self.even) + math.log(prior / (1 - prior)) - _USUAL_LOGIT
         return float(1 / (1 + math.exp(-max(-60.0, min(60.0, odds)))))
 
 
 # For scores of responses, and for those to which example prompts contribute, whose order is more reliable.
 RESPONSES = Evidence(steepness=2.0, even=2.0, familiar=3.0, breadth=2.5, boldness=1.0)
 EXAMPLES = Evidence(steepness=1.0, even=3.8, familiar=9.0, breadth=1.0, boldness=2.0)
-
-
-def _logit(share: float) -> float:
-    return math.log(share / (1 - share))
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,34 @@ class Selector:
             PoolError: no candidate has a score.
             Unsure: the confidence is too low, and `when_unsure` is `"refuse"`.
         """
-        evidence, named = self.evidence, dict[str, float](zip(self.names, scores.tolist(), strict=True))
+        named = self._candidates(scores, options)
+        order = sorted(named, key=named.__getitem__, reverse=True)  # equal ones stay in the order of the pool
+        ranked = [named[name] for name in order]
+        heard = [name for name in order if name not in silent]
+        if silent and heard:  # the best that acts, before all others
+            ranked = [named[heard[0]], *(named[name] for name in order if name != heard[0])]
+            order = heard
+        confidence = None if self.evidence is None else self.evidence.confidence(ranked, options.prior)
+        unsure = confidence is not None and confidence < options.unsure_below
+        if unsure and options.when_unsure == "refuse":
+            found = f"confidence {confidence:.2f}, expected {options.unsure_below:g} or more"
+            message = f"no adapter of the pool seems to be made for this prompt ({found})"
+            raise Unsure(message, named, float(confidence or 0))
+        best = order[: options.k or self.default_k]
+        if unsure and options.when_unsure == "base":
+            weights: list[float] = []
+        elif options.weighting == "linear" or self.evidence is None or confidence is None:
+            weights = linear_weights([named[name] for name in best])
+        else:
+            margins = (np.array([named[name] for name in best]) - named[best[0]]) / self.evidence.spread(ranked)
+            sizes = np.array([self.sizes.get(name, USUAL_SIZE) for name in best])
+            weights = adaptive_weights(margins, sizes, confidence, self.evidence)
+        adapters = tuple(best[: len(weights)])
+        return Selection(adapters, tuple(weights), named, confidence, options.signal, tuple(silent))
+
+    def _candidates(self, scores: Tensor, options: Options) -> dict[str, float]:
+        """The scores of the candidates by name, in the order of the pool; raises PoolError or NotFinite."""
+        named = dict[str, float](zip(self.names, scores.tolist(), strict=True))
         if options.candidates is not None:
             named = {name: named[name] for name in named if name in options.candidates}
             if not named:
@@ -134,37 +160,7 @@ class Selector:
         bad = next((name for name, score in named.items() if not math.isfinite(score)), None)
         if bad is not None:
             raise NotFinite(f"the score of adapter {bad!r} is not finite: the hidden state or the adapter overflows")
-        order = sorted(named, key=named.__getitem__, reverse=True)  # equal ones stay in the order of the pool
-        ranked, heard = [named[name] for name in order], [name for name in order if name not in silent]
-        if silent and heard:  # the best that acts, before all others
-            ranked, order = [named[heard[0]], *(named[name] for name in order if name != heard[0])], heard
-        top = [named[name] for name in order]
-        confidence = None if evidence is None else evidence.confidence(ranked, options.prior)
-        unsure = confidence is not None and confidence < options.unsure_below
-        if unsure and options.when_unsure == "refuse":
-            found = f"confidence {confidence:.2f}, expected {options.unsure_below:g} or more"
-            message = f"no adapter of the pool seems to be made for this prompt ({found})"
-            raise Unsure(message, named, float(confidence or 0))
-        k = min(options.k or self.default_k, len(order))
-        if unsure and options.when_unsure == "base":
-            weights = []
-        elif options.weighting == "linear" or evidence is None or confidence is None:
-            # Scores below zero, which the official signals do not have, get weight 0. All-zero scores give uniform
-            # weights (the authors' code divides by zero there).
-            weights = [max(0.0, score) for score in top[:k]]
-            total = sum(weights)
-            weights = [one / total for one in weights] if total > 0 else [1 / k] * k
-        else:
-            margins = (np.array(top[:k]) - top[0]) / evidence.spread(ranked)
-            sharp, broad = np.exp(margins / SHARP), np.exp(margins / evidence.breadth)
-            sizes = np.array([self.sizes.get(name, USUAL_SIZE) for name in order[:k]])
-            sharp, broad = sharp / sharp.sum(), broad / broad.sum()
-            sharpness = evidence.boldness * confidence / (1 + (evidence.boldness - 1) * confidence)
-            shares = sharpness * sharp + (1 - sharpness) * broad / (1 + broad @ sizes / HALVED)
-            kept = shares >= LEAST * shares[0]
-            shares[0] += shares[~kept].sum()
-            weights = shares[kept].tolist()  # the best ones', since they fall with the score
-        return Selection(tuple(order[: len(weights)]), tuple(weights), named, confidence, options.signal, tuple(silent))
+        return named
 
     def outcome(self, scores: Tensor, options: Options, silent: Collection[str] = ()) -> Selection | LoGoError:
         """The selection of these scores (adapters,), or the error that they give."""
@@ -172,6 +168,34 @@ class Selector:
             return self(scores, options, silent)
         except LoGoError as error:
             return error.with_traceback(None)  # its frames hold the scores of the whole batch
+
+
+def linear_weights(scores: Sequence[float]) -> list[float]:
+    """The shares of scores in their sum. Those below zero, which the official signals do not have, get weight 0; if no
+    score is above, weights are uniform (the authors' code divides by zero there)."""
+    positive = [max(0.0, score) for score in scores]
+    total = sum(positive)
+    return [score / total for score in positive] if total > 0 else [1 / len(scores)] * len(scores)
+
+
+def adaptive_weights(
+    margins: NDArray[np.float64], sizes: NDArray[np.float64], confidence: float, evidence: Evidence
+) -> list[float]:
+    """The weights of the best adapters, fewer than are given if some would have hardly any: see above.
+
+    Args:
+        margins: (adapters,), the scores less the best one, in units of the spread, the best one first.
+        sizes: (adapters,), their relative sizes.
+    """
+    sharp = np.exp(margins / SHARP)
+    sharp = sharp / sharp.sum()
+    broad = np.exp(margins / evidence.breadth)
+    broad = broad / broad.sum()
+    sharpness = evidence.boldness * confidence / (1 + (evidence.boldness - 1) * confidence)
+    weights = sharpness * sharp + (1 - sharpness) * broad / (1 + broad @ sizes / HALVED)
+    enough = weights >= LEAST * weights[0]
+    weights[0] += weights[~enough].sum()
+    return list(weights[enough].tolist())  # the best ones', since they fall with the score
 
 
 def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None = None) -> Selection:

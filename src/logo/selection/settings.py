@@ -96,9 +96,9 @@ class SelectionSettings:
             check_type("calibration_prompts", self.calibration_prompts, (list, tuple), "a list of texts")
             for text in self.calibration_prompts:
                 check_type("calibration_prompts", text, str, "texts")
-            told = [text for text in self.calibration_prompts if text.strip()]
-            if len(told) < 8:
-                raise UsageError(f"calibration_prompts: expected 8 or more, found {len(told)} that are not blank")
+            texts = [text for text in self.calibration_prompts if text.strip()]
+            if len(texts) < 8:
+                raise UsageError(f"calibration_prompts: expected 8 or more, found {len(texts)} that are not blank")
         raw = get_signal(self.signal).scale == "raw"
         _check_weighting(self.weighting, self.signal, raw)
         if self.when_unsure != "mix" and raw:
@@ -108,13 +108,13 @@ class SelectionSettings:
     def reading(self, pool: AdapterPool | None = None, signal: str | None = None) -> Signal:
         """A registered signal (None: the engine's own) as it reads a pool (None: one whose adapters act everywhere):
         the window, and the tokens on which adapters act."""
-        found = get_signal(self.signal if signal is None else signal)
-        window = self.window or (WHOLE if found.scale == "raw" else USUAL_WINDOW)
+        registered = get_signal(self.signal if signal is None else signal)
         if pool is None or not pool.read_once:
-            return replace(found, window=window)
+            usual = WHOLE if registered.scale == "raw" else USUAL_WINDOW
+            return replace(registered, window=self.window or usual)
         # Such a pool reads the prompt as its answer does, and only the tokens on which adapters act.
-        tail = replace(found, token="tail") if found.token == "each" else found
-        return replace(tail, window=WHOLE, activations=pool.activations)
+        token = "tail" if registered.token == "each" else registered.token
+        return replace(registered, token=token, window=WHOLE, activations=pool.activations)
 
     def k_of(self, pool: AdapterPool) -> int:
         """How many adapters of a pool a mixture has."""
@@ -131,31 +131,28 @@ class SelectionSettings:
         for option in given:
             if option not in OPTIONS:
                 raise UsageError(f"unknown option {option!r}{closest(option, OPTIONS)}; known: {', '.join(OPTIONS)}")
-        among, k, weighting = given.get("candidates"), given.get("k"), given.get("weighting")
-        candidates: frozenset[str] | None = None
-        if among is not None:
-            check_type("candidates", among, (str, Collection), "names of adapters")
-            asked = [among] if isinstance(among, str) else list(among)
-            for one in asked:
-                check_type("candidates", one, str, "names of adapters, the same for all prompts")
-            candidates = frozenset(known(one, pool) for one in asked)
-            if not candidates:
-                raise UsageError("candidates: expected one adapter or more, found none; `adapters={}` uses none")
+        names = given.get("candidates")
+        candidates = None if names is None else _candidates(names, pool)
+        k = given.get("k")
         if k is not None:
             _check_positive("k", k)
-            if k > (size := len(pool if candidates is None else candidates)):
+            size = len(pool if candidates is None else candidates)
+            if k > size:
                 warnings.warn(f"k is {k} but the pool has {size} adapters: all of them are used", stacklevel=3)
                 k = size
         name: str = self.signal if given.get("signal") is None else given["signal"]
-        own, signal = name == self.signal, get_signal(name)
+        signal = get_signal(name)
+        raw = signal.scale == "raw"
+        weighting = given.get("weighting")
         if weighting is not None:
-            _check_weighting(weighting, name, signal.scale == "raw")
-        # Settings for the scores of one signal do not apply to those of another.
+            _check_weighting(weighting, name, raw)
+        elif name == self.signal:  # a setting for the scores of one signal does not apply to those of another
+            weighting = self.weighting
         return Options(
             signal=name,
             k=self.k if k is None else k,
-            weighting=weighting or (self.weighting if own else None) or signal.weighting,
-            when_unsure="mix" if signal.scale == "raw" else self.when_unsure,
+            weighting=weighting or signal.weighting,
+            when_unsure="mix" if raw else self.when_unsure,
             unsure_below=self.unsure_below,
             prior=self.prior,
             candidates=candidates,
@@ -164,15 +161,16 @@ class SelectionSettings:
     @property
     def changed(self) -> dict[str, Any]:
         """The settings that differ from the defaults, for another process: `SelectionSettings.of(**changed)`."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
 
     @classmethod
     def of(cls, **settings: Any) -> SelectionSettings:
         """Settings by keyword, with a did-you-mean for unknown ones."""
-        every = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls)]
         for name in settings:
-            if name not in every:
-                raise UsageError(f"unknown setting {name!r}{closest(name, every)}; known: {', '.join(every)}")
+            if name not in names:
+                raise UsageError(f"unknown setting {name!r}{closest(name, names)}; known: {', '.join(names)}")
         return cls(**settings)
 
 
@@ -182,6 +180,17 @@ def check_context(context: ProbeContext, signal: str) -> None:
     if context != "base" and get_signal(signal).scale != "raw":
         why = f"the signal {signal!r} compares with neutral text that the base model read alone"
         raise UsageError(f"probe_context {context!r}: {why}; use 'base'")
+
+
+def _candidates(names: Any, pool: AdapterPool) -> frozenset[str]:
+    """The names that a call gives as candidates, which are all in the pool."""
+    check_type("candidates", names, (str, Collection), "names of adapters")
+    listed = [names] if isinstance(names, str) else list(names)
+    for name in listed:
+        check_type("candidates", name, str, "names of adapters, the same for all prompts")
+    if not listed:
+        raise UsageError("candidates: expected one adapter or more, found none; `adapters={}` uses none")
+    return frozenset(known(name, pool) for name in listed)
 
 
 def _check_positive(name: str, k: Any) -> None:

@@ -97,31 +97,32 @@ class Signal:
         """
         if self.token == "last":
             return len(ids) - 1
-        begun = int(self.token != "mean" and len(ids) > 1)
-        return max(begun, earliest(self.activations, ids)) if self.token == "tail" else begun
+        begin = int(self.token != "mean" and len(ids) > 1)
+        return max(begin, earliest(self.activations, ids)) if self.token == "tail" else begin
 
     def __call__(self, index: ScoringIndex, hidden: Tensor) -> Tensor:
         """(n, adapters) for hidden (n, d). Raises PluginError: a signal of others has returned something else, or a
         number that cannot be used; RuntimeError: it has failed."""
         if self.plugin is None:
             return self.score(index, hidden)
-        place = f"signal {self.plugin.partition(' ')[0]}"
-        with running(place):
+        plugin = f"signal {self.plugin.partition(' ')[0]}"
+        with running(plugin):
             scores = self.score(index, hidden)
-        shape, wanted = tuple(scores.shape) if isinstance(scores, Tensor) else None, (len(hidden), len(index))
-        if shape != wanted:
-            found = type(scores).__name__ if shape is None else shape
-            raise PluginError(f"{place}: expected scores (vectors, adapters) {wanted}, found {found}")
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        expected = (len(hidden), len(index))
+        if shape != expected:
+            raise PluginError(f"{plugin}: expected scores (vectors, adapters) {expected}, found {shape}")
         # A calibration would take NaN for an adapter that does not respond, and select as if nothing were wrong. A
         # hidden vector that overflows is not the signal's fault, and the selector says what to do about it.
-        bad, signed = ~scores.isfinite(), ""
+        bad = ~scores.isfinite()
         if self.scale == "whitened":
-            bad, signed = bad | (scores < 0), ", none below 0 (the scale 'whitened')"
+            bad |= scores < 0
         bad &= hidden.isfinite().all(dim=1, keepdim=True).to(bad.device)
         if bad.any():
+            signed = ", none below 0 (the scale 'whitened')" if self.scale == "whitened" else ""
             row, column = bad.nonzero()[0].tolist()
-            value = f"{float(scores[row, column])} for adapter {column + 1} of {len(index)}"
-            raise PluginError(f"{place}: expected finite scores{signed}, found {value}")
+            found = f"{float(scores[row, column])} for adapter {column + 1} of {len(index)}"
+            raise PluginError(f"{plugin}: expected finite scores{signed}, found {found}")
         return scores.float()
 
 
@@ -148,9 +149,9 @@ def register_signal(
             raise UsageError(f"signal {name!r}: {option}: expected one of {get_args(kind)}, found {value!r}")
 
     def add(score: _S) -> _S:
-        made = Signal(score, layers, input, token, scale, chosen, weighting, late)
-        SIGNALS.add(name, made, score)
-        SIGNALS[name] = replace(made, plugin=SIGNALS.source(name))
+        signal = Signal(score, layers, input, token, scale, chosen, weighting, late)
+        SIGNALS.add(name, signal, score)
+        SIGNALS[name] = replace(signal, plugin=SIGNALS.source(name))
         return score
 
     return add
@@ -173,8 +174,8 @@ def norm(index: ScoringIndex, hidden: Tensor) -> Tensor:
 def entropy(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """`1 / (H + 1e-6)`, `H = -Σ q log(q + 1e-8)`, `q = softmax(ΔW_i h)`: how concentrated the response is."""
     chunks = []
-    for response in index.responses(hidden):
-        q = response.softmax(dim=-1)
+    for responses in index.responses(hidden):
+        q = responses.softmax(dim=-1)
         chunks.append(1 / (-(q * (q + 1e-8).log()).sum(dim=-1) + 1e-6))
     return torch.cat(chunks, dim=1)
 

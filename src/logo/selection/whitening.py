@@ -39,7 +39,8 @@ class Whitening:
     def of(cls, hidden: Tensor) -> Whitening:
         """The whitening of these hidden vectors (tokens, d); directions that they do not span are left alone."""
         hidden = hidden.float()
-        mean, (count, width) = hidden.mean(dim=0), hidden.shape
+        count, width = hidden.shape
+        mean = hidden.mean(dim=0)
         centred = hidden - mean
         # The smaller of the two Gram matrices has all eigenvalues that are not zero.
         gram = centred.T @ centred if width <= count else centred @ centred.T
@@ -48,17 +49,17 @@ class Whitening:
         values = values.clamp_min(0)
         floor = SHRINKAGE * values.sum() / width
         gain = (floor / (values + floor)).sqrt() if floor > 0 else torch.ones_like(values)
-        kept = gain < 1 - _NEGLIGIBLE
-        basis = vectors[:, kept].float().to(hidden.device)
+        shrunk = gain < 1 - _NEGLIGIBLE
+        basis = vectors[:, shrunk].float().to(hidden.device)
         if width > count:
-            basis = centred.T @ basis / (values[kept] * count).sqrt().float().to(hidden.device)
-        return cls(mean, basis, gain[kept].float().to(hidden.device))
+            basis = centred.T @ basis / (values[shrunk] * count).sqrt().float().to(hidden.device)
+        return cls(mean, basis, gain[shrunk].float().to(hidden.device))
 
     @classmethod
-    def of_some(cls, hidden: Tensor, some: Tensor) -> Whitening:
-        """The whitening of those hidden vectors (tokens, d) for which `some` (tokens,) is true. If they are fewer than
-        dimensions, the mean is theirs, and the directions are those of all tokens."""
-        own = hidden[some].float()
+    def of_some(cls, hidden: Tensor, picked: Tensor) -> Whitening:
+        """The whitening of those hidden vectors (tokens, d) for which `picked` (tokens,) is true. If they are fewer
+        than dimensions, the mean is theirs, and the directions are those of all tokens."""
+        own = hidden[picked].float()
         if len(own) >= hidden.shape[1]:
             return cls.of(own)
         return replace(cls.of(hidden), mean=own.mean(dim=0))
@@ -66,10 +67,10 @@ class Whitening:
     @classmethod
     def stacked(cls, spaces: Sequence[Whitening]) -> Whitening:
         """Several whitenings of one width: mean (s, 1, d), basis (s, d, n) and gain (s, 1, n); some do nothing."""
-        most = max(len(one.gain) for one in spaces)
-        bases = [pad(one.basis, (0, most - len(one.gain))) for one in spaces]
-        gains = [pad(one.gain, (0, most - len(one.gain)), value=1.0) for one in spaces]
-        means = [one.mean for one in spaces]
+        most = max(len(space.gain) for space in spaces)
+        bases = [pad(space.basis, (0, most - len(space.gain))) for space in spaces]
+        gains = [pad(space.gain, (0, most - len(space.gain)), value=1.0) for space in spaces]
+        means = [space.mean for space in spaces]
         return cls(torch.stack(means)[:, None], torch.stack(bases), torch.stack(gains)[:, None])
 
     def fold(self, factor: Tensor) -> Tensor:

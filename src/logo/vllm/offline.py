@@ -33,7 +33,7 @@ from logo.errors import LoGoError, ModelError, PoolError, UsageError, need
 from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
 from logo.prompts import Prompts, Truncation
 from logo.scoring import Scored, checked_nll, continued_rows
-from logo.selection.points import plan
+from logo.selection.plan import plan
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import SIGNALS
 from logo.vllm.engine import Engine

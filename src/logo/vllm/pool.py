@@ -9,7 +9,7 @@ from logo.adapters.adapter import open_adapter
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, open_pool
 from logo.errors import LoGoError, PoolError, UsageError
-from logo.selection.points import plan
+from logo.selection.plan import plan
 from logo.vllm.options import VllmOptions, log
 
 if TYPE_CHECKING:

@@ -269,7 +269,7 @@ def _scores(one: _Reading, scorer: Scorer) -> list[float]:
     if signal.token == "mean":  # where one vector of a prompt is scored, it is both means of the description
         descriptions = [mean[:, :1].expand(-1, 2, -1) for mean in descriptions]
     read = torch.tensor([len(one.span.prompt) - one.first])
-    scores: list[float] = scorer.scores(per_point, descriptions, read, [one.span.probe.among])[0].tolist()
+    scores: list[float] = scorer.score_responses(per_point, descriptions, read, [one.span.probe.among])[0].tolist()
     return scores
 
 

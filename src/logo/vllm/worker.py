@@ -25,8 +25,9 @@ from logo.files import Store, cache_folder
 from logo.models import context_length
 from logo.prompts import Prompts
 from logo.selection.calibration import HiddenVectors
-from logo.selection.points import Point, plan
-from logo.selection.scorer import Scorer
+from logo.selection.plan import plan
+from logo.selection.points import Point
+from logo.selection.scorer import BaseReader, Scorer
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.vllm.gates import StepGates, turned
@@ -284,10 +285,9 @@ class Worker:
         scorers: Any = {which: one for which, one in self.taps.readers.items() if which[1]}
         earlier = (one for (_, name), one in reversed(scorers.items()) if name == signal)
         before = scorers.get((digest, signal)) or next(earlier, None)
-        given = self._skeleton, self._pools[digest], self._options.settings, signal, self._prompts.texts
-        how: dict[str, Any] = {"device": self._manager.device, "before": before, "store": self._store}
+        base = BaseReader(self._skeleton, self._prompts.texts, self._vectors, self._manager.device, self._store)
         try:
-            scorer = Scorer.open(*given, run=self._vectors, **how)
+            scorer = Scorer.open(base, self._pools[digest], self._options.settings, signal, before=before)
         except _TextsNeeded as needed:
             read, rows = needed.args
             self.taps.read_by({**scorers, (digest, ""): read})
