@@ -365,7 +365,7 @@ class Scorer:
         self.names = ("one", "two")
         self.described = (1,) if described else ()
 
-    def scores(self, per_point: Any, descriptions: Any, tokens: Tensor, among: Any = (None,)) -> Tensor:
+    def score_responses(self, per_point: Any, descriptions: Any, tokens: Tensor, among: Any = (None,)) -> Tensor:
         if among[0] is not None:
             asked = torch.tensor([[name in among[0] for name in self.names]])
             per_point = [torch.where(asked, response, -torch.inf) for response in per_point]
@@ -413,7 +413,7 @@ def test_chunks_are_summed_to_the_whole(lengths: list[int], cuts: list[int], lat
     made = Taps(lambda point, read: point.module, CPU)
     scorer = Scorer("a", "b", described=described, late=late)
     if late:
-        scorer.scores = lambda per_point, *_: torch.cat(list(per_point), dim=1)  # type: ignore[method-assign]
+        scorer.score_responses = lambda per_point, *_: torch.cat(list(per_point), dim=1)  # type: ignore[method-assign]
     scored(made, "calibrated", scorer)
     prompts = [torch.rand(length, 4) for length in lengths]
     for start, end in itertools.pairwise(sorted({0, *(c for c in cuts if c < max(lengths)), max(lengths)})):
