@@ -240,7 +240,7 @@ def test_a_base_model_has_its_own_sizes(model: Any, folder: Path, tmp_path: Path
     for base in (model, larger):
         logo = opened(base, folder, signal="norm", cache=str(tmp_path))
         assert not logo.scorer.selector.sizes
-        scorer = logo._scorer("calibrated")
+        scorer = logo.calibrated(logo.prepared(), "calibrated").scorers["calibrated"]
         assert scorer.selector.sizes == pytest.approx(expected(logo, scorer), rel=1e-5)
 
 

@@ -19,7 +19,7 @@ from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.models import DEMO_FOLDER, load_tokenizer
 from logo.prompts import Prompts, answer_ids
 from logo.rows import Row
-from logo.scoring import encoded, joined
+from logo.scoring import encoded, spaced
 from logo.training.rows import encoded as training_row
 from logo.vllm.offline import _scored
 from test_chat import with_template
@@ -133,7 +133,7 @@ def test_one_space_at_the_seam_where_there_is_none() -> None:
         ("Answer:", "\nyes", "\nyes"),
         ("", "yes", "yes"),
     ):
-        assert joined(prompt, completion) == text
+        assert spaced(prompt, completion) == text
 
 
 def blank_in_front() -> PreTrainedTokenizerFast:
@@ -158,7 +158,7 @@ def test_no_blank_comes_before_a_completion_that_the_text_has_not() -> None:
     ):
         made = blank_in_front()
         read, gold = encoded(Prompts(made, None), prompt, completion)
-        whole = made(prompt + joined(prompt, completion), add_special_tokens=False)["input_ids"]
+        whole = made(prompt + spaced(prompt, completion), add_special_tokens=False)["input_ids"]
         assert made.convert_ids_to_tokens(gold) == tokens and whole[-len(tokens) :] == gold
         row = training_row(made, Row(prompt, completion))
         assert list(row.ids) == [*read.ids, *gold, made.eos_token_id]

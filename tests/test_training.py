@@ -36,7 +36,7 @@ from logo.cli.app import run
 from logo.errors import DataError, NotFinite, UsageError
 from logo.models import load_tokenizer
 from logo.rows import Row
-from logo.scoring import joined
+from logo.scoring import spaced
 from logo.training import loop
 from logo.training.config import TrainingConfig
 from logo.training.loop import Base, Fitted, fit
@@ -155,7 +155,7 @@ def test_a_text_and_its_completion(context: str, completion: str, most: int) -> 
     made = tokenizer()
     prompt, answer = tokens_of(Row(context, completion))
     assert prompt == made(context)["input_ids"]
-    assert answer == [*made(joined(context, completion), add_special_tokens=False)["input_ids"], made.eos_token_id]
+    assert answer == [*made(spaced(context, completion), add_special_tokens=False)["input_ids"], made.eos_token_id]
     room = most - len(answer)
     if room < 1:
         with pytest.raises(DataError, match=rf"the completion has {len(answer)} tokens, and a row may have {most} "):

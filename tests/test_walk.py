@@ -10,5 +10,5 @@ def test_generate_of_one_prompt_is_a_short_walk() -> None:
     logo = LoGo.from_pretrained("demo")
     logo.generate(PROMPT, max_new_tokens=8)
     found = walked(lambda: logo.generate(PROMPT, max_new_tokens=8))
-    assert ("engine.py", "LoGo.generate") in found
+    assert ("answering.py", "AnsweringEngine.generate") in found
     assert len(found) <= 100 and len({file for file, _ in found}) <= 20, found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 from logo.errors import UsageError
 
@@ -23,7 +23,7 @@ class Prompt:
     Attributes:
         ids: what the model reads, special tokens included.
         probed: what is probed, special tokens included: the user's text, not the template around it.
-        text: the text of `ids`; None if token ids were given.
+        text: the text of `ids`; None if token ids were given, or if the prompt was cut.
     """
 
     ids: tuple[int, ...]
@@ -39,9 +39,29 @@ class Prompt:
         return len(self.ids)
 
 
+class CallOptions(TypedDict, total=False):
+    """What a caller may say about the selection of one call. What is left out, or None, is as in the engine's settings.
+
+    Attributes:
+        k: adapters per prompt at most.
+        signal: the name of a registered signal.
+        weighting: how scores become weights, `"linear"` or `"adaptive"`; of another signal than the engine's: its own.
+        candidates: the names of the adapters that may be selected.
+        prior: how likely it is that a prompt belongs to some adapter of the pool, in (0, 1).
+        when_unsure: what answers a prompt for which no adapter seems to be made: `"mix"`, `"base"` or `"refuse"`.
+    """
+
+    k: int | None
+    signal: str | None
+    weighting: Weighting | None
+    candidates: str | Collection[str] | None
+    prior: float | None
+    when_unsure: WhenUnsure | None
+
+
 @dataclass(frozen=True)
 class Options:
-    """The options of one call, checked; `SelectionSettings.options` makes them.
+    """The options of one call (`CallOptions`), checked; `SelectionSettings.options` makes them.
 
     Attributes:
         signal: the name of a registered signal.
@@ -99,8 +119,12 @@ class Selection:
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        found = {"adapters": list(self.adapters), "weights": list(self.weights), "scores": dict(self.scores)}
-        return {**found, "confidence": self.confidence}
+        return {
+            "adapters": list(self.adapters),
+            "weights": list(self.weights),
+            "scores": dict(self.scores),
+            "confidence": self.confidence,
+        }
 
 
 # What a user may force: weights by name, or a selection from before.

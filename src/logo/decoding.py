@@ -1,4 +1,4 @@
-"""How prompts are continued: the generation config of a call, rules that end an answer, batches, streams, `Decoder`.
+"""How prompts are continued: the generation config of a call, rules that end an answer, batches, and `Decoder`.
 
 rows + mixtures -> Mixer.active -> model.generate -> Generation
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-import queue
-import threading
+import math
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -31,12 +30,22 @@ from transformers.generation.streamers import BaseStreamer
 from logo.adapters.activation import EVERYWHERE, earliest, warn_of_silent
 from logo.adapters.pool import AdapterPool
 from logo.core import Form, Generation, Selection
-from logo.endings import EndRule, at_newline, at_stop_strings, at_texts, cut_after_end, cut_at, end_tokens
+from logo.endings import (
+    EndRule,
+    at_newline,
+    at_stop_strings,
+    at_texts,
+    cut_after_end,
+    cut_at,
+    cut_pieces,
+    end_tokens,
+)
 from logo.errors import LoGoError, NotFinite, UsageError, check_type, closest, listed
 from logo.mixing.mixer import PASS, Mixer, Mixture
-from logo.models import ModelLock, input_device, lock_of, padded, without_autocast
+from logo.models import input_device, lock_of, padded, without_autocast
 from logo.prefix_cache import PrefixCache, cache_argument
 from logo.prompts import Prompts
+from logo.streams import BackgroundAnswer, Stream
 from logo.text import Text
 
 if TYPE_CHECKING:
@@ -57,10 +66,13 @@ _PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_rep
 _PLAIN |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 # What a config leaves open, which the checkpoint says without a choice of how to decode.
 _OF_CHECKPOINT = ("bos_token_id", "eos_token_id", "stop_strings", "cache_implementation")
+# Numbers: above 0, from 0 on, or any; those that are `_WHOLE`, all others floats, also where a whole one is given.
 _ABOVE_0 = ("temperature", "top_p", "repetition_penalty", "num_beams", "max_time")
 _FROM_0 = ("top_k", "min_new_tokens")
-_WHOLE = ("num_beams", "top_k", "min_new_tokens")  # the others are floats, also where a whole number is given
+_ANY_NUMBER = ("length_penalty",)
+_WHOLE = ("num_beams", "top_k", "min_new_tokens")
 _SAMPLING = ("temperature", "top_p", "top_k")
+_LEAST_TEMPERATURE = 1e-30  # logits in float32 that are divided by a smaller one are infinite
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 # Transformers' names of caches that hold what a plain one holds; Gemma's checkpoints use the last.
 _PLAIN_CACHES = (None, "dynamic", "dynamic_full", "hybrid")
@@ -92,24 +104,27 @@ def call_config(
     if config is not None:
         check_type("generation_config", config, GenerationConfig, "a transformers.GenerationConfig")
     try:
-        made = GenerationConfig() if config is None else copy.deepcopy(config)
-        made.update(**options)
+        complete = GenerationConfig() if config is None else copy.deepcopy(config)
+        complete.update(**options)
     except (AttributeError, TypeError, ValueError) as error:
         raise _refused(error) from error
-    filled = _PLAIN | ({} if checkpoint is None else {name: getattr(checkpoint, name) for name in _OF_CHECKPOINT})
-    made.pad_token_id = 0  # any token that the model knows; a mask hides it
-    for name, value in filled.items():
-        if getattr(made, name) is None:
-            setattr(made, name, copy.deepcopy(value))
-    _check_values(made)
-    wanted = made.max_new_tokens if max_new_tokens is None else max_new_tokens
-    if wanted is None and made.max_length is not None:
+    complete.pad_token_id = 0  # any token that the model knows; a mask hides it
+    defaults: dict[str, Any] = dict(_PLAIN)
+    if checkpoint is not None:
+        defaults |= {name: getattr(checkpoint, name) for name in _OF_CHECKPOINT}
+    for name, value in defaults.items():
+        if getattr(complete, name) is None:
+            setattr(complete, name, copy.deepcopy(value))
+    _check_values(complete)
+    most = complete.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if most is None and complete.max_length is not None:
         raise UsageError(
-            f"generation_config: max_length {made.max_length} counts the prompt's tokens, too, which differ from "
+            f"generation_config: max_length {complete.max_length} counts the prompt's tokens, too, which differ from "
             "row to row: give max_new_tokens instead"
         )
-    made.max_new_tokens, made.max_length = prompts.room(wanted), None
-    return made
+    complete.max_new_tokens = prompts.room(most)
+    complete.max_length = None
+    return complete
 
 
 def _refused(error: Exception) -> UsageError:
@@ -117,25 +132,45 @@ def _refused(error: Exception) -> UsageError:
 
 
 def _check_values(config: GenerationConfig) -> None:
-    for name in (*_ABOVE_0, *_FROM_0):
+    for name in (*_ABOVE_0, *_FROM_0, *_ANY_NUMBER):
         value = getattr(config, name)
         if value is None or (name in _SAMPLING and not config.do_sample):
             continue
-        if not isinstance(value, Real) or float(value) < 0 or (name in _ABOVE_0 and not float(value) > 0):
-            expected = "a number above 0" if name in _ABOVE_0 else "0 or more"
-            raise UsageError(f"{name}: expected {expected}, found {value!r:.60}")
-        number = float(value)
-        if name in _WHOLE and not number.is_integer():
-            raise UsageError(f"{name}: expected a whole number, found {value!r:.60}")
-        setattr(config, name, int(number) if name in _WHOLE else number)
+        setattr(config, name, _checked_number(name, value))
     if config.do_sample and config.top_p is not None and config.top_p > 1:
         raise UsageError(f"top_p: expected a share above 0 and up to 1, found {config.top_p!r:.60}")
+    if config.do_sample and config.temperature is not None and config.temperature < _LEAST_TEMPERATURE:
+        raise UsageError(
+            f"temperature: expected {_LEAST_TEMPERATURE:g} or more, found {config.temperature:g}; do_sample=False "
+            "always takes the likeliest token"
+        )
     mode = config.get_generation_mode()
     if mode not in _MODES or config.num_return_sequences not in (None, 1):
         raise UsageError(
             f"generation options: expected greedy decoding, sampling or beam search with one answer per prompt, found "
             f"{GenerationMode(mode).value} with {config.num_return_sequences or 1}"
         )
+
+
+def _checked_number(name: str, value: Any) -> float | int:
+    """The value of an option as the number that transformers expects; UsageError unless it is one in its range."""
+    number = float(value) if isinstance(value, Real) else math.nan
+    if name in _ABOVE_0:
+        expected = "a number above 0"
+        in_range = number > 0
+    elif name in _FROM_0:
+        expected = "0 or more"
+        in_range = number >= 0
+    else:
+        expected = "a number"
+        in_range = not math.isnan(number)
+    if not in_range:
+        raise UsageError(f"{name}: expected {expected}, found {value!r:.60}")
+    if name not in _WHOLE:
+        return number
+    if not number.is_integer():
+        raise UsageError(f"{name}: expected a whole number, found {value!r:.60}")
+    return int(number)
 
 
 def check_batch_size(batch_size: Any) -> None:
@@ -208,7 +243,8 @@ class Decoding:
         seconds: float,
     ) -> list[Generation]:
         """Makes answers of rows of new tokens (also those behind the end) and forms of mixtures; `seconds` per row."""
-        ends, rules = end_tokens(self.config), self.rules(tokenizer)
+        ends = end_tokens(self.config)
+        rules = self.rules(tokenizer)
         answers = [cut_after_end(row, ends, rules) for row, _ in continued]
         texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
         return [
@@ -222,7 +258,8 @@ class EndRows(StoppingCriteria):  # type: ignore[misc]
     nothing in a prompt ends its answer."""
 
     def __init__(self, rules: Sequence[EndRule], prompt_length: int) -> None:
-        self._rules, self._prompt_length = rules, prompt_length
+        self._rules = rules
+        self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
         rows = input_ids[:, self._prompt_length :].tolist()
@@ -280,8 +317,9 @@ def reads_prompts(config: GenerationConfig) -> bool:
     """
     penalties = (config.repetition_penalty, config.encoder_repetition_penalty)
     counts = (config.no_repeat_ngram_size, config.encoder_no_repeat_ngram_size, config.min_length)
-    others = (config.forced_bos_token_id is not None, config.watermarking_config is not None)
-    return any(value not in (None, 1.0) for value in penalties) or any(counts) or any(others)
+    if config.forced_bos_token_id is not None or config.watermarking_config is not None:
+        return True
+    return any(value not in (None, 1.0) for value in penalties) or any(counts)
 
 
 @dataclass(frozen=True)
@@ -316,7 +354,7 @@ class Decoder:
     prompts: Prompts
     mixer: Mixer
     prefix_cache: PrefixCache | None = None
-    _told: set[str] = field(default_factory=set)  # the adapters of which a warning says that they do not act
+    _warned: set[str] = field(default_factory=set)  # the adapters of which a warning says that they do not act
 
     def __call__(self, batch: Batch, streamer: BaseStreamer | None = None) -> list[Generation]:
         """One answer per row, which does not depend on the other rows, up to rounding; a streamer is for one row.
@@ -326,50 +364,51 @@ class Decoder:
             NotFinite: a mixture overflows.
         """
         started = time.perf_counter()
-        tokens, form = self._continue(batch, streamer=streamer)
-        seconds, made = (time.perf_counter() - started) / len(tokens), [(row, form) for row in tokens]
-        return batch.decoding.generations(self.prompts.tokenizer, made, batch.selections, seconds)
+        rows, form = self._continue(batch, streamer=streamer)
+        seconds = (time.perf_counter() - started) / len(rows)
+        continued = [(row, form) for row in rows]
+        return batch.decoding.generations(self.prompts.tokenizer, continued, batch.selections, seconds)
 
-    def stream(self, batch: Batch) -> Generator[str]:
-        """Yields the text of the continuation of one row in pieces, while another thread generates it.
+    def stream(self, batch: Batch) -> Stream:
+        """The text of the continuation of one row in pieces, up to a stop text, while another thread generates it.
 
         What is cached of the prompt when this is called is there when the stream begins, however much later.
         """
-        lock = lock_of(self.model)
-        cache = self.prefix_cache if self._reads_ahead(batch.pool, batch.decoding.config) else None
         [row] = batch.rows
+        cache = self.prefix_cache if self._reads_ahead(batch.pool, batch.decoding.config) else None
         end = earliest(batch.pool.activations, row)
         pages = [] if cache is None else cache.find(row, end)
+        cleared = 0 if cache is None else cache.cleared
 
-        def generate(streamer: Any, cancelled: _Cancelled) -> None:
-            with lock.lock, nullcontext() if cache is None else cache.held():
-                if cache is not None:
+        def generate(streamer: BaseStreamer, left: StoppingCriteria) -> None:
+            with nullcontext() if cache is None else cache.held():
+                if cache is not None and cache.cleared == cleared:
                     cache.put_back(row, end, pages)
-                self._continue(batch, cancelled, streamer=streamer)
+                self._continue(batch, left, streamer=streamer)
 
-        return _streamed(self.prompts.tokenizer, generate, lock)
+        answer = BackgroundAnswer(Text(self.prompts.tokenizer), lock_of(self.model), generate)
+        return Stream(cut_pieces(answer.pieces(), batch.decoding.stop), answer.end)
 
-    def _continue(self, batch: Batch, *criteria: StoppingCriteria, **options: Any) -> tuple[list[list[int]], Form]:
+    def _continue(
+        self, batch: Batch, *criteria: StoppingCriteria, streamer: BaseStreamer | None = None
+    ) -> tuple[list[list[int]], Form]:
         """The new tokens of each row, also those behind its end, and the form of the mixtures."""
-        pool, config, rules = batch.pool, copy.copy(batch.decoding.config), batch.decoding.rules(self.prompts.tokenizer)
-        ids, mask = padded(batch.rows, input_device(self.model), left=True)
+        config = copy.copy(batch.decoding.config)
         config.stop_strings = None  # the rules contain them
         config.disable_compile = True  # what is compiled does not see gates that are hooked in later
+        ids, mask = padded(batch.rows, input_device(self.model), left=True)
+        rules = batch.decoding.rules(self.prompts.tokenizer)
         if rules:
             criteria = (*criteria, EndRows(rules, ids.shape[1]))
-        finite = _Finite(stop=options.get("streamer") is not None)
-        if pool.activations == (EVERYWHERE,):
-            acting = [Mixture(one.mixture) for one in batch.selections]
+        finite = _Finite(stop=streamer is not None)
+        cached: dict[str, Any] = {}
+        if batch.pool.activations == (EVERYWHERE,):
+            mixtures = [Mixture(selection.mixture) for selection in batch.selections]
         else:
-            if config.guidance_scale not in (None, 1):
-                found = "reads prompts a second time from another position, where adapters of this pool do not act"
-                raise UsageError(f"generation option 'guidance_scale' {found}; leave it out")
-            acting, known = self._late(batch, config)
-            options |= known
+            mixtures, cached = self._prefilled(batch, config)
         passes = max(config.min_new_tokens or 0, config.max_new_tokens / 4)  # most answers are shorter than they may be
-        read = ids.shape[1] + PASS * passes
         with (
-            self.mixer.active(pool, acting, read) as form,
+            self.mixer.active(batch.pool, mixtures, ids.shape[1] + PASS * passes) as form,
             _without_checkpoint(self.model),
             torch.no_grad(),
         ):
@@ -380,38 +419,49 @@ class Decoder:
                     generation_config=config,
                     stopping_criteria=StoppingCriteriaList(criteria),
                     logits_processor=LogitsProcessorList([finite]),
-                    **options,
+                    streamer=streamer,
+                    **cached,
                 )
             except (AssertionError, TypeError, ValueError) as error:
                 if finite.used or isinstance(error, LoGoError):
                     raise
                 raise _refused(error) from error  # a value that transformers looks at only now
-        bad = finite.first(len(batch.rows))
-        if bad is not None:
-            raise overflow(batch.selections[bad].mixture)
+        overflown = finite.first(len(batch.rows))
+        if overflown is not None:
+            raise overflow(batch.selections[overflown].mixture)
         sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
         return sequences[:, ids.shape[1] :].tolist(), form
 
-    def _late(self, batch: Batch, config: GenerationConfig) -> tuple[list[Mixture], dict[str, Any]]:
+    def _prefilled(self, batch: Batch, config: GenerationConfig) -> tuple[list[Mixture], dict[str, Any]]:
         """The mixtures of rows, padded on the left, some of whose adapters act from a position on only; and, if the
-        base model alone reads what stands before, the argument with its keys and values."""
-        pool, rows, mixtures = batch.pool, batch.rows, [one.mixture for one in batch.selections]
-        acting = [Mixture.of(pool, mixture, row) for mixture, row in zip(mixtures, rows, strict=True)]
-        both = zip(mixtures, acting, strict=True)
-        warn_of_silent((name for asked, one in both for name in asked if name not in one.weights), self._told)
-        width, start, known = max(map(len, rows)), 0, dict[str, Any]()
-        pads = [width - len(row) for row in rows]
-        if self.prefix_cache is not None and self._reads_ahead(pool, config):
-            ends = [earliest(pool.activations, row) for row in rows]
-            start = min(pad + end for pad, end in zip(pads, ends, strict=True))  # before, no adapter acts in any row
-            if start:
-                # What is cached with a mixture in it, or rounded by a caller's autocast, would be wrong for ever.
-                with self.mixer.active(pool, ()), without_autocast(self.model)():
-                    cache = self.prefix_cache.cache(rows, ends, [max(0, start - pad) for pad in pads])
-                cache.batch_repeat_interleave(max(config.num_beams or 1, config.num_return_sequences or 1))
-                config.cache_implementation = None  # transformers takes either a cache or the name of one
-                known[cache_argument(self.model) or ""] = cache
-        return [one.shifted(pad, start) for one, pad in zip(acting, pads, strict=True)], known
+        base model alone reads what stands before, the model's argument with the keys and values of that."""
+        if config.guidance_scale not in (None, 1):
+            what = "reads prompts a second time from another position, where adapters of this pool do not act"
+            raise UsageError(f"generation option 'guidance_scale' {what}; leave it out")
+        mixtures = [selection.mixture for selection in batch.selections]
+        acting = [Mixture.of(batch.pool, mixture, row) for mixture, row in zip(mixtures, batch.rows, strict=True)]
+        for mixture, act in zip(mixtures, acting, strict=True):
+            warn_of_silent((name for name in mixture if name not in act.weights), self._warned)
+        width = max(map(len, batch.rows))
+        pads = [width - len(row) for row in batch.rows]
+        read, cached = self._read_ahead(batch, config, pads)
+        return [mixture.shifted(pad, read) for mixture, pad in zip(acting, pads, strict=True)], cached
+
+    def _read_ahead(self, batch: Batch, config: GenerationConfig, pads: Sequence[int]) -> tuple[int, dict[str, Any]]:
+        """How many columns the base model alone has read of a batch, and the model's argument with their keys and
+        values; 0 and nothing if the mixture reads everything."""
+        if self.prefix_cache is None or not self._reads_ahead(batch.pool, config):
+            return 0, {}
+        ends = [earliest(batch.pool.activations, row) for row in batch.rows]
+        read = min(pad + end for pad, end in zip(pads, ends, strict=True))  # before, no adapter acts in any row
+        if not read:
+            return 0, {}
+        # What is cached with a mixture in it, or rounded by a caller's autocast, would be wrong for ever.
+        with self.mixer.active(batch.pool, ()), without_autocast(self.model)():
+            cache = self.prefix_cache.cache(batch.rows, ends, [max(0, read - pad) for pad in pads])
+        cache.batch_repeat_interleave(max(config.num_beams or 1, config.num_return_sequences or 1))
+        config.cache_implementation = None  # transformers takes either a cache or the name of one
+        return read, {cache_argument(self.model) or "": cache}
 
     def _reads_ahead(self, pool: AdapterPool, config: GenerationConfig) -> bool:
         """Whether the base model alone reads the tokens before adapters act, with the prefix cache."""
@@ -436,59 +486,3 @@ def overflow(mixture: Mapping[str, float]) -> NotFinite:
     names = sorted(mixture, key=lambda name: -abs(mixture[name]))
     under = f"with the adapters {listed(list(map(repr, names)))}" if names else "with no adapter"
     return NotFinite(f"{OVERFLOW} ({under})")
-
-
-class _Cancelled(StoppingCriteria):  # type: ignore[misc]
-    """Ends a generation once its reader has left."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
-
-
-class _Pieces(BaseStreamer):  # type: ignore[misc]
-    """Takes tokens, those of the prompt first, and passes on the text of the others. Transformers' own streamers drop a
-    blank behind a line end and a special token with some tokenizers (Llama 2), and hold symbols back."""
-
-    def __init__(self, text: Text) -> None:
-        self._text, self._prompted = text, False
-        self.queue: queue.Queue[str | None] = queue.Queue()
-
-    def put(self, value: Tensor) -> None:
-        if self._prompted:
-            self.queue.put(self._text.push(value.flatten().tolist()))
-        self._prompted = True
-
-    def end(self) -> None:
-        self.queue.put(self._text.finish())
-
-
-def _streamed(
-    tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, _Cancelled], None], lock: ModelLock
-) -> Generator[str]:
-    """Yields the text of a generation in pieces, while it runs in another thread, which takes the lock, with a streamer
-    and a criterion that ends it when the reader has left. Raises UsageError if the reader holds the lock."""
-    lock.check_free()
-    streamer = _Pieces(Text(tokenizer))
-    cancelled = _Cancelled()
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            generate(streamer, cancelled)
-        except BaseException as error:  # raised in the reader's thread
-            failure.append(error)
-        finally:
-            streamer.queue.put(None)
-
-    worker = threading.Thread(target=work, name="logo-stream", daemon=True)
-    worker.start()
-    try:
-        yield from filter(None, iter(streamer.queue.get, None))
-    finally:
-        cancelled.requested = True
-        worker.join()
-    if failure:
-        raise failure[0]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from logo.core import FinishReason
@@ -60,16 +59,18 @@ def at_stop_strings(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase
 
 def stop_strings(config: GenerationConfig) -> list[str]:
     """The texts behind one of which an answer ends; UsageError: they are no texts."""
-    given = config.stop_strings
-    texts = [given] if isinstance(given, str) else given or []
+    texts = config.stop_strings or []
+    if isinstance(texts, str):
+        texts = [texts]
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"stop_strings: expected a text or a list of texts, found {given!r:.60}")
+        raise UsageError(f"stop_strings: expected a text or a list of texts, found {config.stop_strings!r:.60}")
     return [text for text in texts if text]
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
     """The text before the first occurrence of any stop text; all of it if there is none."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]
+    starts = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(starts, default=None)]
 
 
 def cut_after_end(ids: list[int], end: set[int], rules: Sequence[EndRule] = ()) -> tuple[list[int], FinishReason]:
@@ -86,45 +87,49 @@ class StopTexts:
     """Passes a text on in pieces, up to the first stop text (not empty), no part of which is ever passed on.
 
     Attributes:
-        known: the text so far.
+        text: all of it so far.
         stopped: whether it holds a stop text; nothing is passed on any more.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops, self._sent = tuple(stops), 0
-        self.known = ""
+        self._stops = tuple(stops)
+        self._passed = 0  # characters
+        self.text = ""
         self.stopped = False
 
     def push(self, more: str) -> str:
         """Adds characters, and returns the new text that certainly is no part of a stop text."""
         if self.stopped:
             return ""
-        self.known += more
-        found = [at for stop in self._stops if (at := self.known.find(stop, self._sent)) >= 0]
-        self.stopped = bool(found)
-        return self._pass(min(found) if found else len(self.known) - self._begun())
+        self.text += more
+        starts = [self.text.find(stop, self._passed) for stop in self._stops]
+        starts = [start for start in starts if start >= 0]
+        self.stopped = bool(starts)
+        return self._pass(min(starts) if starts else len(self.text) - self._begun())
 
     def finish(self) -> str:
-        """The rest of the text, when no more characters come."""
-        return "" if self.stopped else self._pass(len(self.known))
+        """What is left of the text, when no more characters come."""
+        return "" if self.stopped else self._pass(len(self.text))
 
     def _begun(self) -> int:
         """How many characters the text ends with that a stop text begins with."""
-        most = min(len(self.known) - self._sent, max(map(len, self._stops), default=1) - 1)
-        ends = (self.known[len(self.known) - count :] for count in range(most, 0, -1))
+        most = min(len(self.text) - self._passed, max(map(len, self._stops), default=1) - 1)
+        ends = (self.text[len(self.text) - count :] for count in range(most, 0, -1))
         return next((len(end) for end in ends if any(stop.startswith(end) for stop in self._stops)), 0)
 
     def _pass(self, end: int) -> str:
-        piece, self._sent = self.known[self._sent : end], max(self._sent, end)
+        piece = self.text[self._passed : end]
+        self._passed = max(self._passed, end)
         return piece
 
 
-def cut_pieces(pieces: Generator[str], stops: Sequence[str]) -> Iterator[str]:
+def cut_pieces(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     """The pieces of a text up to the first stop text, none of them empty."""
     text = StopTexts(stops)
-    with closing(pieces):
-        for piece in pieces:
-            if passed := text.push(piece):
-                yield passed
-    if rest := text.finish():
-        yield rest
+    for piece in pieces:
+        passed = text.push(piece)
+        if passed:
+            yield passed
+    last = text.finish()
+    if last:
+        yield last

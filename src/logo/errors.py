@@ -41,7 +41,8 @@ class AdapterError(LoGoError, ValueError):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
-        self.name, self.reason = name, reason
+        self.name = name
+        self.reason = reason
 
     def __str__(self) -> str:
         return f"adapter {self.name!r}: {self.reason}"
@@ -77,7 +78,9 @@ class Unsure(PoolError):
 
     def __init__(self, reason: str, scores: Mapping[str, float], confidence: float) -> None:
         super().__init__(reason, scores, confidence)
-        self.reason, self.scores, self.confidence = reason, scores, confidence
+        self.reason = reason
+        self.scores = scores
+        self.confidence = confidence
 
     def __str__(self) -> str:
         return f"{self.reason}; force one (--adapter), or let the base model answer (--when-unsure base)"
@@ -99,8 +102,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python or PyTorch says that memory, the host's or a GPU's, is exhausted."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    said = str(error) if isinstance(error, RuntimeError) else ""
-    return "out of memory" in said or "can't allocate memory" in said
+    message = str(error) if isinstance(error, RuntimeError) else ""
+    return "out of memory" in message or "can't allocate memory" in message
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
@@ -119,8 +122,8 @@ def need(user: str, *modules: str, extra: str | None = None) -> None:
     """Raises MissingLibrary unless all modules are installed; the arguments are those of `missing`."""
     for module in modules:
         with suppress(ImportError, ValueError):
-            found = find_spec(module)
-            if found is not None and found.origin is not None:  # without: a folder that happens to have the name
+            spec = find_spec(module)
+            if spec is not None and spec.origin is not None:  # without: a folder that happens to have the name
                 continue
         raise MissingLibrary(missing(user, module, extra))
 
@@ -143,7 +146,8 @@ def closest(name: object, known: Iterable[str]) -> str:
     """
     if not isinstance(name, str) or len(name) > 200:
         return ""
-    lowered, wanted = {other.lower(): other for other in islice(known, 20_000)}, name.lower()
-    compared = heapq.nlargest(100, lowered, key=lambda other: len(commonprefix((other, wanted))))  # noqa: RUF071
-    matches = difflib.get_close_matches(wanted, compared, n=1)
+    lowered = {candidate.lower(): candidate for candidate in islice(known, 20_000)}
+    key = name.lower()
+    compared = heapq.nlargest(100, lowered, key=lambda candidate: len(commonprefix((candidate, key))))  # noqa: RUF071
+    matches = difflib.get_close_matches(key, compared, n=1)
     return f" (did you mean {lowered[matches[0]]!r}?)" if matches else ""

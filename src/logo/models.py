@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,9 +48,9 @@ def resolve_base(name: str, model_dir: str | Path | None = None) -> str:
         return OFFICIAL_MODELS.get(name, name)
     if Path(name).is_dir():
         raise ModelError(f"base model {name}: the folder has no config.json; expected a Hugging Face model folder")
-    known = (*OFFICIAL_MODELS, DEMO)
+    short_names = (*OFFICIAL_MODELS, DEMO)
     problem = f"base model {name!r}: no such folder, and not a Hub id such as 'Qwen/Qwen2.5-7B'"
-    raise ModelError(f"{problem}{closest(name, known)}; short names: {', '.join(known)}")
+    raise ModelError(f"{problem}{closest(name, short_names)}; short names: {', '.join(short_names)}")
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -105,12 +105,12 @@ def load_base(
     if device_map is None and not on_cpu:
         # To the device at once, which takes half the host memory; quantised weights allow no other way.
         device_map = {"": target}
-    kind = checked_dtype(dtype, torch.float32 if on_cpu else "auto")
+    loaded_dtype = checked_dtype(dtype, torch.float32 if on_cpu else "auto")
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
     safely = {"use_safetensors": True, "trust_remote_code": False}
     with loading(base_model, source):
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=kind, device_map=device_map, **options, **(model_kwargs or {}), **safely
+            source, dtype=loaded_dtype, device_map=device_map, **options, **(model_kwargs or {}), **safely
         )
     return model.eval().requires_grad_(False), load_tokenizer(source)
 
@@ -139,14 +139,23 @@ def checked_options(options: Mapping[str, Any]) -> None:
 @dataclass(eq=False)
 class ModelLock:
     """The lock under which a model runs; a mixture is active on the whole model, so its users take turns. A thread may
-    take it again, but not run the model for something else while a mixture is active, as in a streamer."""
+    take it again, but not run the model for something else while a mixture is active, as in a streamer.
+
+    Attributes:
+        mixed: whether a mixture is active.
+    """
 
     lock: threading.RLock = field(default_factory=threading.RLock)
-    _mixed: bool = False
+    mixed: bool = False
+
+    @property
+    def held_here(self) -> bool:
+        """Whether this thread holds the lock."""
+        return bool(self.lock._is_owned())  # type: ignore[attr-defined]  # as `threading.Condition` asks
 
     def check_free(self) -> None:
         """Raises UsageError if this thread holds it, so that waiting for another thread that takes it would not end."""
-        if self.lock._is_owned():  # type: ignore[attr-defined]  # as `threading.Condition` asks
+        if self.held_here:
             raise UsageError(
                 "the model is answering in this thread, and a stream, which answers in another one, would wait for "
                 "that for ever: read it once the answer is complete"
@@ -157,13 +166,13 @@ class ModelLock:
         """Holds the lock while the model runs, with the mixture that the block activates or (`mixed` false) without.
         Raises UsageError if this thread has activated a mixture, which would act in the block, too."""
         with self.lock:
-            if self._mixed:
+            if self.mixed:
                 raise UsageError("the model is answering with a mixture; call this once the answer is complete")
-            self._mixed = mixed
+            self.mixed = mixed
             try:
                 yield
             finally:
-                self._mixed = False
+                self.mixed = False
 
 
 _LOCKS: WeakKeyDictionary[Any, ModelLock] = WeakKeyDictionary()
@@ -176,20 +185,49 @@ def lock_of(model: Any) -> ModelLock:
         return _LOCKS.setdefault(model, ModelLock())
 
 
+class WeightWatch:
+    """Notices that the weights of a base model were changed in place, as by `load_state_dict` or `model.half()`.
+
+    PyTorch counts what is written to a tensor, and a parameter whose memory was replaced has another address. Neither
+    shows writes through `parameter.data` or NumPy, to tensors that were made in inference mode, and to weights that are
+    quantised or offloaded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from torch import nn
+
+        self._places = [
+            (module._parameters, name)
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if type(parameter) is nn.Parameter and not parameter.is_meta
+        ]
+
+    def stamp(self) -> Hashable:
+        """Differs from an earlier one if the weights were changed meanwhile. No mixture may be active, since a merged
+        one has weights of its own."""
+        parameters: list[Any] = [held[name] for held, name in self._places]
+        try:
+            written = [parameter._version for parameter in parameters]
+        except RuntimeError:  # tensors that were made in inference mode count nothing
+            written = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
+        return tuple(written), tuple([parameter.data_ptr() for parameter in parameters])
+
+
 def droppers(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that would make scores and answers random in training mode, which is an UsageError (`check_mode`), as
     is a model that contains layers of PEFT. Dropout is a module, or a probability that a module calls a function by."""
     if any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()):
         problem = "the model contains layers of PEFT, whose adapter would act in every answer"
         raise UsageError(f"{problem}; give the base model, as from `model.unload()` or `model.merge_and_unload()`")
-    found = []
+    dropping = []
     for module in model.modules():
         rates = [value for name, value in vars(module).items() if any(word in name for word in _RANDOM)]
         rates += [module.p] if "Dropout" in type(module).__name__ else []
         if any(isinstance(rate, float) and rate > 0 for rate in rates):
-            found.append(module)
-    check_mode(found)
-    return found
+            dropping.append(module)
+    check_mode(dropping)
+    return dropping
 
 
 def check_mode(dropping: Sequence[nn.Module]) -> None:
@@ -246,8 +284,17 @@ def fetch(
     says within seconds that the Hub cannot be reached, and takes no pickles. Errors as `logo.hub.snapshot`."""
     if not is_hub_id(source):
         return source
-    wanted = {"allow_patterns": ["config.json"] if config_only else _FILES, "ignore_patterns": _LEFT_OUT}
-    return str(snapshot(source, progress=not config_only, revision=revision, token=token, **wanted))
+    files = ["config.json"] if config_only else _FILES
+    return str(
+        snapshot(
+            source,
+            progress=not config_only,
+            revision=revision,
+            token=token,
+            allow_patterns=files,
+            ignore_patterns=_LEFT_OUT,
+        )
+    )
 
 
 @contextmanager
@@ -283,10 +330,10 @@ def devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
     """The devices that compute: those of the weights, and those to which accelerate moves offloaded ones."""
     import torch
 
-    found = {parameter.device for parameter in model.parameters()}
+    own = {parameter.device for parameter in model.parameters()}
     targets = {getattr(hook, "execution_device", None) for module in model.modules() for hook in _hooks(module)}
-    found |= {torch.device(target) for target in targets if target is not None}
-    return tuple(sorted(found - {torch.device("meta")}, key=str))
+    computing = own | {torch.device(target) for target in targets if target is not None}
+    return tuple(sorted(computing - {torch.device("meta")}, key=str))
 
 
 def input_device(model: Any) -> torch.device:
@@ -298,7 +345,8 @@ def device_of(module: nn.Module) -> torch.device:
     """The device on which a module computes; under accelerate's offloading its weights are elsewhere."""
     import torch
 
-    offloaded = [device for hook in _hooks(module) if (device := getattr(hook, "execution_device", None)) is not None]
+    targets = [getattr(hook, "execution_device", None) for hook in _hooks(module)]
+    offloaded = [target for target in targets if target is not None]
     if offloaded:
         return torch.device(offloaded[0])
     return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
@@ -339,15 +387,15 @@ def tensor_of(model: Any, name: str) -> torch.Tensor:
     """A parameter or buffer of a model by its name: in memory, or read from where accelerate has offloaded it, or, of
     vLLM's skeleton, from the checkpoint (empty if it is not there). Raises ModelError if it is nowhere."""
     path, _, own = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(path), own)
-    if hasattr(found, "read"):
-        return found.read()  # type: ignore[no-any-return]
-    if found.device.type != "meta":
-        return found
+    tensor: torch.Tensor = getattr(model.get_submodule(path), own)
+    if hasattr(tensor, "read"):
+        return tensor.read()  # type: ignore[no-any-return]
+    if tensor.device.type != "meta":
+        return tensor
     parts = name.split(".")
     for cut in range(len(parts) - 1, -1, -1):  # the hook of the module or of one that contains it
         for hook in _hooks(model.get_submodule(".".join(parts[:cut]))):
             with suppress(KeyError):
-                kept: Mapping[str, torch.Tensor] = getattr(hook, "weights_map", None) or {}
-                return kept[".".join(parts[cut:])]
+                offloaded: Mapping[str, torch.Tensor] = getattr(hook, "weights_map", None) or {}
+                return offloaded[".".join(parts[cut:])]
     raise ModelError(f"base model: weight {name} is not in memory, nor offloaded; expected all weights of the model")

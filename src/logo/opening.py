@@ -46,17 +46,12 @@ def opened(
 ) -> T:
     """See `LoGo.from_pretrained`; `make` is the class of the engine."""
     plugins.load_installed()
-    if hasattr(base_model, "generate"):
-        raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
-    pool = pool.value if isinstance(pool, CurrentPool) else pool
-    check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
-    base_model = os.fspath(base_model)
-    presets, engines = (*get_args(Preset), None), (LOCAL, *ENGINES)
-    for what, value, known in (("preset", preset, presets), ("engine", engine, engines)):
-        if value not in known:
-            expected = ", ".join(map(repr, known))
-            raise UsageError(f"{what}: expected one of {expected}, found {value!r}{closest(str(value), ENGINES)}")
+    base_model = _checked_name(base_model)
+    _check_choice("preset", preset, (*get_args(Preset), None))
+    _check_choice("engine", engine, (LOCAL, *ENGINES))
     official = preset == "official"
+    if official and engine != LOCAL:
+        raise UsageError("preset 'official' probes as the authors' script does: use the engine 'local'")
     if official:
         options = {"signal": "norm", "probe_context": "carry", "dtype": "float32"} | options
         truncation = truncation or OFFICIAL_TRUNCATION
@@ -65,34 +60,57 @@ def opened(
         loading["model_kwargs"] = {**(loading.get("model_kwargs") or {}), "trust_remote_code": True}
     local: dict[str, Any] = {name: options.pop(name) for name in LOCAL_OPTIONS if name in options}
     settings = SelectionSettings.of(**options)
-    whence: dict[str, Any] = {"model_dir": model_dir, "revision": revision, "token": token}
+    loading |= {"model_dir": model_dir, "revision": revision, "token": token}
+    local |= {"truncation": truncation, "on_bad_adapter": on_bad_adapter}
+    pool = pool.value if isinstance(pool, CurrentPool) else pool
     if engine != LOCAL:
-        if official:
-            raise UsageError("preset 'official' probes as the authors' script does: use the engine 'local'")
-        elsewhere: T = importlib.import_module(ENGINES[engine]).open_engine(
-            base_model,
-            pool if pool is None or isinstance(pool, AdapterPool) else spec_of(parse_sources(pool)),
-            settings=settings,
-            truncation=truncation,
-            on_bad_adapter=on_bad_adapter,
-            dtype=loading.pop("dtype", "auto"),
-            model_kwargs=loading.pop("model_kwargs", None) or {},
-            others={name: value for name, value in (loading | local).items() if value not in (None, "auto")},
-            **whence,
-        )
-        return elsewhere
+        return _opened_elsewhere(engine, base_model, pool, settings, loading, local)  # type: ignore[no-any-return]
     sources = None
     if not isinstance(pool, AdapterPool):
         sources = pool_sources(pool, base_model, model_dir)
-        how: PoolOptions = {"on_bad_adapter": on_bad_adapter, "token": token, "examples": settings.examples}
-        pool = AdapterPool.opened(sources, how)
+        pool_options: PoolOptions = {"on_bad_adapter": on_bad_adapter, "token": token, "examples": settings.examples}
+        pool = AdapterPool.opened(sources, pool_options)
     if official:
         pool = officially_named(pool, base_model, sources)
         settings = replace(settings, k=min(DEFAULT_K, len(pool)) if settings.k is None else settings.k)
-    model, tokenizer = load_base(base_model, **loading, **whence)
-    local |= {"settings": settings, "truncation": truncation, "on_bad_adapter": on_bad_adapter}
+    model, tokenizer = load_base(base_model, **loading)
     if official and local.get("generation_config") is None:
         local["generation_config"] = model.generation_config
-    logo: Any = make(model, tokenizer, pool, **local)
+    logo: Any = make(model, tokenizer, pool, settings=settings, **local)
     logo.calibrate()
     return logo  # type: ignore[no-any-return]
+
+
+def _checked_name(base_model: str | os.PathLike[str]) -> str:
+    """A base model by name; UsageError for anything else."""
+    if hasattr(base_model, "generate"):
+        raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
+    check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
+    return os.fspath(base_model)
+
+
+def _check_choice(option: str, value: str | None, choices: Sequence[str | None]) -> None:
+    if value not in choices:
+        expected = ", ".join(map(repr, choices))
+        hint = closest(str(value), [choice for choice in choices if choice is not None])
+        raise UsageError(f"{option}: expected one of {expected}, found {value!r}{hint}")
+
+
+def _opened_elsewhere(
+    engine: str,
+    base_model: str,
+    pool: AdapterPool | str | Path | Sequence[str | Path] | None,
+    settings: SelectionSettings,
+    loading: dict[str, Any],
+    local: dict[str, Any],
+) -> Any:
+    """An engine that runs the model in another way; options that it does not have are refused there by name."""
+    shared = ("model_dir", "revision", "token", "truncation", "on_bad_adapter")
+    options = loading | local
+    given: dict[str, Any] = {name: options.pop(name) for name in shared}
+    given["dtype"] = options.pop("dtype", "auto")
+    given["model_kwargs"] = options.pop("model_kwargs", None) or {}
+    others = {name: value for name, value in options.items() if value not in (None, "auto")}
+    place = pool if pool is None or isinstance(pool, AdapterPool) else spec_of(parse_sources(pool))
+    open_engine = importlib.import_module(ENGINES[engine]).open_engine
+    return open_engine(base_model, place, settings=settings, others=others, **given)

@@ -66,12 +66,17 @@ class PrefixCache:
 
     Attributes:
         bytes: what the pages take now.
+        cleared: how often `clear` was called; pages from before the last time must not be put back.
         found, read: since the start, tokens of prompts that were in the cache, and that the base model had to read.
     """
 
     def __init__(self, model: nn.Module, budget: int) -> None:
-        self.model, self.budget = model, budget
-        self.bytes = self.found = self.read = 0
+        self.model = model
+        self.budget = budget
+        self.bytes = 0
+        self.cleared = 0
+        self.found = 0
+        self.read = 0
         self._pages: OrderedDict[bytes, Page] = OrderedDict()
         self._holding = 0
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -87,18 +92,24 @@ class PrefixCache:
             while not self._holding and self.bytes > self.budget:
                 self.bytes -= self._pages.popitem(last=False)[1].bytes
 
+    def clear(self) -> None:
+        """Drops all pages, after the base model has changed."""
+        self._pages.clear()
+        self.bytes = 0
+        self.cleared += 1
+
     def find(self, row: Sequence[int], end: int) -> list[Page]:
         """The cached pages of the first `end` tokens of a row, without a gap from the first token on."""
-        found = dict[bytes, Page]()
+        pages = dict[bytes, Page]()
         for key in _keys(row, end):
             page = self._pages.get(key)
             if page is None:
                 break
-            found[key] = page
-        for key in reversed(found):  # the first of them was used last, since without it no other is found
+            pages[key] = page
+        for key in reversed(pages):  # the first of them was used last, since without it no other is found
             if key in self._pages:
                 self._pages.move_to_end(key)
-        return list(found.values())
+        return list(pages.values())
 
     def put_back(self, row: Sequence[int], end: int, pages: Sequence[Page]) -> None:
         """Keeps the first pages of a row, unless they are there; inside `held`, or they may be dropped at once."""
@@ -124,31 +135,37 @@ class PrefixCache:
             shared = 0 if fresh or len(rows) == 1 else _shared(rows, ends)
             if shared and any(_count(self.find(row, shared)) < shared for row in rows):
                 self.extend([rows[0][:shared]], [shared])
-            known = [[] if fresh else self.find(row, end) for row, end in zip(rows, ends, strict=True)]
-            counts = list(map(_count, known))
-            length, width = max(counts), max(len(row) - count for row, count in zip(rows, counts, strict=True))
+            cached = [[] if fresh else self.find(row, end) for row, end in zip(rows, ends, strict=True)]
+            counts = list(map(_count, cached))
+            ids, mask = _behind(rows, counts)
             device = input_device(self.model)
-            ids = torch.zeros(len(rows), width, dtype=torch.int64)
-            mask = torch.zeros(len(rows), length + width, dtype=torch.int64)
-            for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-                ids[i, : len(row) - count] = torch.tensor(row[count:])
-                mask[i, length - count : length - count + len(row)] = 1
-            cache, options = laid_out(known, counts) if length else DynamicCache(), dict[str, Any]()
+            cache = laid_out(cached, counts) if any(counts) else DynamicCache()
+            options: dict[str, Any] = {}
             if self._positions:
                 # The padding behind a row must not have positions beyond those that the model knows.
                 last = torch.tensor([len(row) - 1 for row in rows])[:, None]
-                options["position_ids"] = (torch.tensor(counts)[:, None] + torch.arange(width)).minimum(last).to(device)
+                positions = torch.tensor(counts)[:, None] + torch.arange(ids.shape[1])
+                options["position_ids"] = positions.minimum(last).to(device)
             returned = (forward or self.forward)(ids.to(device), mask.to(device), cache, options)
             self.found += sum(counts)
             self.read += sum(map(len, rows)) - sum(counts)
-            for i, (row, end, pages) in enumerate(zip(rows, ends, known, strict=True)):
-                for start in range(len(pages) * PAGE, end, PAGE):
-                    columns = slice(length - counts[i] + start, length - counts[i] + min(end, start + PAGE))
-                    pairs = [(layer.keys[i, :, columns], layer.values[i, :, columns]) for layer in cache.layers]
-                    pages.append(Page([(keys.clone(), values.clone()) for keys, values in pairs]))
-                self.put_back(row, end, pages)
-                self.find(row, end)  # marks them as used
+            self._keep(rows, ends, cached, cache)
             return returned
+
+    def _keep(
+        self, rows: Sequence[Sequence[int]], ends: Sequence[int], cached: Sequence[list[Page]], cache: DynamicCache
+    ) -> None:
+        """Makes pages of what the model has read of rows behind their `cached` pages."""
+        counts = list(map(_count, cached))
+        for i, (row, end) in enumerate(zip(rows, ends, strict=True)):
+            pad = max(counts) - counts[i]  # columns in front of the row
+            pages = list(cached[i])
+            for start in range(len(pages) * PAGE, end, PAGE):
+                columns = slice(pad + start, pad + min(end, start + PAGE))
+                layers = [(layer.keys[i, :, columns], layer.values[i, :, columns]) for layer in cache.layers]
+                pages.append(Page([(keys.clone(), values.clone()) for keys, values in layers]))
+            self.put_back(row, end, pages)
+            self.find(row, end)  # marks them as used
 
     def cache(self, rows: Sequence[Sequence[int]], ends: Sequence[int], counts: Sequence[int]) -> DynamicCache:
         """Keys and values of the first `counts` tokens of each row, padded on the left; its last page ends at `ends`.
@@ -157,10 +174,10 @@ class PrefixCache:
         """
         with self.held():
             cut = [tuple(row[:end]) for row, end in zip(rows, ends, strict=True)]
-            both = zip(cut, counts, strict=True)
-            short = list(dict.fromkeys(row for row, count in both if _count(self.find(row, len(row))) < count))
-            if short:
-                self.extend(short, list(map(len, short)))
+            lacking = [row for row, count in zip(cut, counts, strict=True) if _count(self.find(row, len(row))) < count]
+            if lacking:
+                distinct = list(dict.fromkeys(lacking))
+                self.extend(distinct, list(map(len, distinct)))
             return laid_out([self.find(row, len(row)) for row in cut], counts)
 
     @torch.no_grad()
@@ -192,29 +209,45 @@ def reusable(model: nn.Module, *, longer: bool = True) -> bool:
 
 def cache_argument(model: nn.Module) -> str | None:
     """The argument of a model's forward pass that takes the cache of keys and values; None if there is none."""
-    known = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in known), None)
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
-def joined(pages: Sequence[Page]) -> Iterator[tuple[Tensor, Tensor]]:
+def joined_pages(pages: Sequence[Page]) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys and values of pages that follow each other, layer by layer: (heads, tokens, size) each."""
     for layer in zip(*(page.keys_values for page in pages), strict=True):
-        yield torch.cat([k for k, _ in layer], dim=1), torch.cat([v for _, v in layer], dim=1)
+        yield torch.cat([keys for keys, _ in layer], dim=1), torch.cat([values for _, values in layer], dim=1)
 
 
 def laid_out(pages: Sequence[Sequence[Page]], counts: Sequence[int]) -> DynamicCache:
     """The cache of a batch whose rows begin with these pages, cut to `counts` tokens and padded on the left."""
-    cache, length = DynamicCache(), max(counts)
-    some = next(page for row in pages for page in row)
-    zeros = [(torch.zeros_like(k[:, :1]), torch.zeros_like(v[:, :1])) for k, v in some.keys_values]
+    length = max(counts)
+    any_page = next(page for row in pages for page in row)
+    zeros = [(torch.zeros_like(keys[:, :1]), torch.zeros_like(values[:, :1])) for keys, values in any_page.keys_values]
     rows = []
     for row, count in zip(pages, counts, strict=True):
-        padding = Page([(k.expand(-1, length - count, -1), v.expand(-1, length - count, -1)) for k, v in zeros])
-        rows.append(joined([padding, *row]))
+        pads = length - count
+        padding = Page([(keys.expand(-1, pads, -1), values.expand(-1, pads, -1)) for keys, values in zeros])
+        rows.append(joined_pages([padding, *row]))
+    cache = DynamicCache()
     for number, layer in enumerate(zip(*rows, strict=True)):
-        keys, values = (torch.stack([part[:, :length] for part in parts]) for parts in zip(*layer, strict=True))
+        keys = torch.stack([row_keys[:, :length] for row_keys, _ in layer])
+        values = torch.stack([row_values[:, :length] for _, row_values in layer])
         cache.update(keys, values, number)
     return cache
+
+
+def _behind(rows: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Ids (rows, width) of what stands behind the first `counts` tokens of each row, padded on the right, and the mask
+    (rows, columns of the cache + width), in which these tokens stand on the right of the cache."""
+    length = max(counts)
+    width = max(len(row) - count for row, count in zip(rows, counts, strict=True))
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros(len(rows), length + width, dtype=torch.int64)
+    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        ids[i, : len(row) - count] = torch.tensor(row[count:])
+        mask[i, length - count : length - count + len(row)] = 1
+    return ids, mask
 
 
 def _count(pages: Sequence[Page]) -> int:
@@ -230,7 +263,8 @@ def _shared(rows: Sequence[Sequence[int]], ends: Sequence[int]) -> int:
 
 def _keys(row: Sequence[int], end: int) -> list[bytes]:
     """The key of each page of the first `end` tokens of a row: a digest of all tokens up to the end of the page."""
-    digest, keys = hashlib.blake2b(digest_size=16), []
+    digest = hashlib.blake2b(digest_size=16)
+    keys = []
     for start, stop in pairwise([*range(0, end, PAGE), end]):
         digest.update(array("q", row[start:stop]))
         keys.append(digest.digest())

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from logo.core import ProbeText, Prompt
@@ -30,6 +31,9 @@ _BEFORE, _ANSWER = 7, 13
 # What `plain` does, as a chat template. The line break is an expression: templates lose one that is behind a block.
 PLAIN_CHAT = '{% for m in messages %}{{ m.content or "" }}{% if not loop.last %}{{ "\\n" }}{% endif %}{% endfor %}'
 _SOME_ANSWER = "An answer."
+# The date that chat templates write into texts of a calibration, which would be another calibration on every day. The
+# name is that of the function by which transformers' templates ask for it.
+_DATED = {"strftime_now": datetime(2024, 7, 26).strftime}
 _TEXTS = ("text", "input_text", "output_text")  # types of parts that are texts
 _PADDED = "expected token ids without padding, found the padding {}; leave it out"
 _EXPECTED = "a string, a list of messages or token ids"
@@ -98,9 +102,9 @@ class Prompts:
         limit = None if room is None else min(limits, default=None)
         return [self._read(i, prompt, limit) for i, prompt in enumerate(prompts, start=1)]
 
-    def _read(self, number: int, given: Any, limit: int | None) -> Prompt:
+    def _read(self, number: int, source: Any, limit: int | None) -> Prompt:
         try:
-            prompt = read(self.tokenizer, given, self.probe_text, self.vocabulary)
+            prompt = read(self.tokenizer, source, self.probe_text, self.vocabulary)
         except UsageError as error:
             raise UsageError(f"prompt {number}: {error}") from error
         if not prompt.ids:
@@ -115,17 +119,21 @@ class Prompts:
             UserWarning,
             stacklevel=4,
         )
-        ids, probed = (
-            tuple(one[:limit] if right else cut_left(self.tokenizer, one, limit)) for one in (prompt.ids, prompt.probed)
-        )
-        return Prompt(ids, probed, prompt.text)
+        if right:
+            return Prompt(prompt.ids[:limit], prompt.probed[:limit])
+        ids = cut_left(self.tokenizer, prompt.ids, limit)
+        probed = cut_left(self.tokenizer, prompt.probed, limit)
+        return Prompt(tuple(ids), tuple(probed))
 
     def check_known(self, what: str, ids: Sequence[int]) -> None:
         """Raises UsageError if tokens of a text, which is named by `what`, are beyond those that the model knows."""
-        if self.vocabulary is not None and (token := max(ids, default=0)) >= self.vocabulary:
-            found = f"{what} has the token {self.tokenizer.convert_ids_to_tokens(token)!r} ({token})"
+        if self.vocabulary is None:
+            return
+        highest = max(ids, default=0)
+        if highest >= self.vocabulary:
             raise UsageError(
-                f"{found}, but the model knows tokens up to {self.vocabulary - 1}: leave it out of the text"
+                f"{what} has the token {self.tokenizer.convert_ids_to_tokens(highest)!r} ({highest}), but the model "
+                f"knows tokens up to {self.vocabulary - 1}: leave it out of the text"
             )
 
     def room(self, max_new_tokens: int | None) -> int:
@@ -139,7 +147,8 @@ class Prompts:
         return max_new_tokens
 
     def texts(self, texts: Sequence[str], ending: Sequence[int] = (), varied: bool = False) -> list[list[int]]:
-        """Token ids of texts for calibration: long ones are cut, and empty ones left out.
+        """Token ids of texts for calibration: long ones are cut, and empty ones left out. They are the same on every
+        day, also if the chat template writes the date.
 
         Args:
             ending: tokens with which every text has to end. If the chat template ends prompts with them, each text is
@@ -161,21 +170,22 @@ class Prompts:
     def _conversation(self, texts: Sequence[str], number: int, form: int) -> Sequence[int]:
         """Token ids of a conversation that ends with a text: alone (0), after a system message (1), or after an earlier
         turn (2). What stands before it are other texts."""
-        before, answer = texts[(number + _BEFORE) % len(texts)], texts[(number + _ANSWER) % len(texts)]
-        asked = {"role": "user", "content": texts[number]}
-        turn = [{"role": "user", "content": before}, {"role": "assistant", "content": answer}]
-        turns = ([], [{"role": "system", "content": before}], turn)[form]
+        before = texts[(number + _BEFORE) % len(texts)]
+        answer = texts[(number + _ANSWER) % len(texts)]
+        question = {"role": "user", "content": texts[number]}
+        earlier_turn = [{"role": "user", "content": before}, {"role": "assistant", "content": answer}]
+        turns = ([], [{"role": "system", "content": before}], earlier_turn)[form]
+        variables = _DATED if "strftime_now" in str(self.tokenizer.chat_template) else None
         try:
-            return chat(self.tokenizer, [*turns, asked]).ids
+            return chat(self.tokenizer, [*turns, question], variables=variables).ids
         except UsageError:
             if not turns:
                 raise
-            return chat(self.tokenizer, [asked]).ids  # some templates refuse system messages
+            return chat(self.tokenizer, [question], variables=variables).ids  # some templates refuse system messages
 
 
-def several(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any], bool]:
-    """A list of prompts, and whether a single prompt was given; UsageError for anything else, an empty list, and token
-    ids with padding, which would be read as a part of the prompts."""
+def several(prompts: Any) -> tuple[list[Any], bool]:
+    """A list of prompts, and whether a single prompt was given; UsageError for anything else, and an empty list."""
     if isinstance(prompts, (str, Prompt)):
         return [prompts], True
     listed = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # tensors and arrays
@@ -184,13 +194,7 @@ def several(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any]
     if not listed:
         raise UsageError("prompt: expected one prompt or more, found an empty list")
     single = isinstance(listed[0], (numbers.Integral, Mapping))
-    found = [listed] if single else list(listed)
-    if len(found) > 1 and all(isinstance(row, list) and len(row) == len(found[0]) for row in found):
-        pad, begun = tokenizer.pad_token_id, 1 + (tokenizer.pad_token_id == tokenizer.bos_token_id)
-        ends = [[pad] == row[-1:] for row in found]  # all of them may, if texts end with that token
-        if len({*ends}) > 1 or any([pad] * 2 == row[-2:] or [pad] * begun == row[:begun] for row in found):
-            raise UsageError(_PADDED.format(pad))
-    return found, single
+    return [listed] if single else list(listed), single
 
 
 def read(
@@ -198,9 +202,9 @@ def read(
 ) -> Prompt:
     """Reads one prompt: a string, which gets the tokenizer's special tokens; messages, see `chat`; or token ids as they
     are, below `vocabulary` if that is known, and without padding. Strings and token ids are probed whole. Raises
-    UsageError for the rest."""
+    UsageError for everything else."""
     if isinstance(prompt, Prompt):
-        return prompt
+        return _checked_prompt(prompt, vocabulary)
     if isinstance(prompt, str):
         ids = tuple(text_ids(tokenizer, prompt))
         return Prompt(ids, ids, prompt)
@@ -211,12 +215,34 @@ def read(
         return chat(tokenizer, listed, probe_text)
     if listed and isinstance(listed[0], str):
         raise UsageError("expected one prompt, found a list of texts; give them one by one")
-    made, pad = Prompt.of_ids([_token(value, vocabulary) for value in listed]), tokenizer.pad_token_id
-    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)  # which prompts may hold
-    twice = pad == others[0] and made.ids[:2] == (pad, pad)
-    if twice or (pad not in others and pad in (*made.ids[:1], *made.ids[-1:])):
+    ids = tuple(_token(value, vocabulary) for value in listed)
+    _check_unpadded(tokenizer, ids)
+    return Prompt(ids, ids)
+
+
+def _checked_prompt(prompt: Prompt, vocabulary: int | None) -> Prompt:
+    """A prompt that a caller has made; UsageError unless it has token ids that are probed."""
+    for value in {*prompt.ids, *prompt.probed}:
+        _token(value, vocabulary)
+    if prompt.ids and not prompt.probed:
+        raise UsageError("expected a token or more to be probed, found none; Prompt.of_ids(IDS) probes all")
+    return prompt
+
+
+def _check_unpadded(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> None:
+    """Raises UsageError for token ids with padding, which would be read as a part of the prompt.
+
+    A token that pads and has another meaning, too, may begin or end a prompt once. What else is in the batch says
+    nothing, so that a prompt is read alike in all of them.
+    """
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        return
+    means_more = pad in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    count = 2 if means_more else 1
+    padding = (pad,) * count
+    if ids[:count] == padding or ids[-count:] == padding:
         raise UsageError(_PADDED.format(pad))
-    return made
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -242,9 +268,9 @@ def check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        found = f"{text[error.start]!r} at character {error.start}"
+        place = f"{text[error.start]!r} at character {error.start}"
         raise UsageError(
-            f"text: expected Unicode characters, found half a surrogate pair ({found}); leave it out"
+            f"text: expected Unicode characters, found half a surrogate pair ({place}); leave it out"
         ) from None
 
 
@@ -256,8 +282,9 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     `text_ids`.
     """
     check_text(text)
-    alone: list[int]
-    alone, front, whole = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in (text, "\n", f"\n{text}"))
+    alone: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    front: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"]
     apart = front and tokenizer.unk_token_id not in front and whole[: len(front)] == front
     return whole[len(front) :] if apart and len(whole) > len(front) else alone
 
@@ -266,8 +293,8 @@ def cut_left(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: int)
     """The last `limit` tokens; a token that stands in front of every text stays there."""
     if len(ids) <= limit:
         return ids
-    kept = 1 if limit > 1 and _begins_texts(tokenizer, ids) else 0
-    return [*ids[:kept], *ids[len(ids) - (limit - kept) :]]
+    front = 1 if limit > 1 and _begins_texts(tokenizer, ids) else 0
+    return [*ids[:front], *ids[len(ids) - (limit - front) :]]
 
 
 def _begins_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
@@ -305,8 +332,8 @@ def chat(
     text = _rendered(tokenizer, turns, variables=variables) if tokenizer.chat_template else plain(turns)
     templated = bool(tokenizer.chat_template)  # a template adds the special tokens itself
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"] if templated else text_ids(tokenizer, text))
-    asked = _asked(turns, probe_text)
-    probed = () if asked is None else tuple(text_ids(tokenizer, asked))  # some characters are no tokens
+    probed_text = _probed_text(turns, probe_text)
+    probed = () if probed_text is None else tuple(text_ids(tokenizer, probed_text))  # some characters are no tokens
     return Prompt(ids, probed or ids, text)
 
 
@@ -345,8 +372,9 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str) -> tuple
     """What the chat template writes in front of an answer, and behind it."""
     if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
         with suppress(UsageError):
-            front, some, end = (written_answer(tokenizer, prompt, text, _SOME_ANSWER) or "").partition(_SOME_ANSWER)
-            return (front, end) if some else None
+            written = written_answer(tokenizer, prompt, text, _SOME_ANSWER) or ""
+            front, answer, end = written.partition(_SOME_ANSWER)
+            return (front, end) if answer else None
     return None
 
 
@@ -355,17 +383,18 @@ def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> s
     message of the user that belongs to it cannot be read; the others are not looked at."""
     of_user = [turn for turn in enumerate(messages) if isinstance(turn[1], Mapping) and turn[1].get("role") == "user"]
     if probe_text == "conversation":
-        return _asked([_turn(*turn) for turn in of_user], probe_text)
-    return next(filter(None, (_asked([_turn(*turn)], probe_text) for turn in reversed(of_user))), None)
+        return _probed_text([_turn(*turn) for turn in of_user], probe_text)
+    return next(filter(None, (_probed_text([_turn(*turn)], probe_text) for turn in reversed(of_user))), None)
 
 
-def _asked(turns: Conversation, probe_text: ProbeText | None) -> str | None:
-    said = [turn["content"] for turn in turns if turn["role"] == "user" and turn["content"].strip()]
+def _probed_text(turns: Conversation, probe_text: ProbeText | None) -> str | None:
+    """The text of checked messages that is probed; None if everything is."""
     if probe_text not in (None, *get_args(ProbeText)):
         raise UsageError(f"probe_text: expected one of {', '.join(get_args(ProbeText))}, found {probe_text!r}")
-    if probe_text != "conversation":
-        said = said[-1:]
-    return None if probe_text == "all" or not said else "\n".join(said)
+    contents = [turn["content"] for turn in turns if turn["role"] == "user" and turn["content"].strip()]
+    if probe_text == "all" or not contents:
+        return None
+    return "\n".join(contents) if probe_text == "conversation" else contents[-1]
 
 
 def plain(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -383,17 +412,18 @@ def _turn(number: int, message: Any) -> dict[str, Any]:
     where = f"messages[{number}]"
     if not isinstance(message, Mapping):
         raise UsageError(f"{where}: expected {{'role', 'content'}}, found {type(message).__name__}")
-    role, content = message.get("role"), message.get("content")
+    role = message.get("role")
     if role not in ROLES:
         hint = closest(role, ROLES) if isinstance(role, str) else ""
         raise UsageError(f"{where}: expected one of the roles {', '.join(ROLES)}, found {role!r}{hint}")
+    content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
         if parts and len(parts) == len(content) and all(part.get("type", "text") in _TEXTS for part in parts):
             content = "\n".join(part["text"] for part in parts)
     if not isinstance(content, str) and (content is not None or role != "assistant"):
-        found = "none" if content is None else f"{content!r:.60}"
-        raise UsageError(f"{where}: expected a 'content' that is a text or a list of text parts, found {found}")
+        shown = "none" if content is None else f"{content!r:.60}"
+        raise UsageError(f"{where}: expected a 'content' that is a text or a list of text parts, found {shown}")
     return {**message, "content": content}
 
 
@@ -405,8 +435,8 @@ def _rendered(
 ) -> str:
     """The text of a conversation; with `answer`, up to where the assistant's next turn begins."""
     try:
-        given = {**(variables or {}), "add_generation_prompt": answer, "tokenize": False}
-        text = str(tokenizer.apply_chat_template(list(turns), **given))
+        options = {**(variables or {}), "add_generation_prompt": answer, "tokenize": False}
+        text = str(tokenizer.apply_chat_template(list(turns), **options))
         text.encode("utf-8")  # half a surrogate pair can come from any field, and no tokenizer accepts it
         return text
     except Exception as error:  # a template is a program and may raise anything
@@ -419,6 +449,6 @@ def _token(value: Any, vocabulary: int | None) -> int:
         raise UsageError(f"expected token ids, found {value!r:.60} among them")
     token = int(value)
     if token < 0 or (vocabulary is not None and token >= vocabulary):
-        known = "0 or more" if vocabulary is None else f"from 0 to {vocabulary - 1}, which the model knows"
-        raise UsageError(f"expected token ids {known}, found {token}")
+        expected = "0 or more" if vocabulary is None else f"from 0 to {vocabulary - 1}, which the model knows"
+        raise UsageError(f"expected token ids {expected}, found {token}")
     return token

@@ -21,9 +21,9 @@ def without_secrets(value: Any) -> Any:
     """A value without the entries that carry a secret (`hf_token`, ...), however deep they are, also in the texts of
     `--vllm-options`, `--engine-args` and `--method-args`."""
     if isinstance(value, Mapping):
-        return {name: _shown(str(name), one) for name, one in value.items() if not _secret(name)}
+        return {name: _shown(str(name), entry) for name, entry in value.items() if not _secret(name)}
     if isinstance(value, (list, tuple)):
-        return [without_secrets(one) for one in value]
+        return [without_secrets(entry) for entry in value]
     return value
 
 
@@ -50,11 +50,14 @@ def _secret(name: object) -> bool:
 
 def versions() -> dict[str, str | None]:
     """The versions that a result depends on, from the installed distributions; None for one that is not there."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
-    found["logo"] = __version__
+    versions_by_name: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "logo": __version__,
+    }
     for library in ("torch", "transformers", "huggingface_hub", "nltk", "rouge_score", "sacrebleu"):
         try:
-            found[library] = metadata.version(library)
+            versions_by_name[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
-            found[library] = None
-    return found
+            versions_by_name[library] = None
+    return versions_by_name

@@ -73,15 +73,16 @@ class Row:
     def as_dict(self) -> dict[str, object]:
         """The row as an object of a data file, without empty fields."""
         names = ("context", "completion", "references", "adapter", "messages")
-        return {name: value for name in names if (value := getattr(self, name))}
+        fields = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in fields.items() if value}
 
 
 def row_files(root: Path) -> list[Path]:
     """The files below a folder that may hold rows, sorted: not hidden ones, and not those of results and adapters."""
     files = sorted(walked(root))
     shown = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    others = {path.parent for path in shown if path.name in ("run.json", "adapter_config.json")}
-    return [path for path in shown if path.parent not in others]
+    without_rows = {path.parent for path in shown if path.name in ("run.json", "adapter_config.json")}
+    return [path for path in shown if path.parent not in without_rows]
 
 
 def unread(root: Path, read: Collection[Path]) -> list[str]:
@@ -144,7 +145,8 @@ def objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         if blank:
             raise malformed(f"{file}:{blank}", "an empty line between rows")
-        empty, where = False, f"{file}:{number}"
+        empty = False
+        where = f"{file}:{number}"
         try:
             value = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -184,16 +186,18 @@ def row_of(value: Mapping[str, Any], where: str, *, answers: bool = True) -> Row
         if key not in value:
             raise malformed(where, f"no {key!r}, only {_shown(', '.join(map(str, value)))}")
     # Table formats write null for a missing value, and real datasets have blank references.
-    gold, more, adapter = value.get("completion"), value.get("references"), value.get("adapter")
-    if isinstance(more, list) and more:
-        more = [text for text in more if not isinstance(text, str) or text.strip()] or None
+    gold = value.get("completion")
+    references = value.get("references")
+    adapter = value.get("adapter")
+    if isinstance(references, list) and references:
+        references = [text for text in references if not isinstance(text, str) or text.strip()] or None
     read: Callable[[str, str, object], str | tuple[str, ...]] = _texts if isinstance(gold, list) else _text
     return Row(
-        _text(where, "'context'", value["context"]),
-        () if gold is None and not answers else read(where, "'completion'", gold),
-        () if more is None else _texts(where, "'references'", more),
-        None if adapter is None else _text(where, "'adapter'", adapter),
-        turns,
+        context=_text(where, "'context'", value["context"]),
+        completion=() if gold is None and not answers else read(where, "'completion'", gold),
+        references=() if references is None else _texts(where, "'references'", references),
+        adapter=None if adapter is None else _text(where, "'adapter'", adapter),
+        messages=turns,
     )
 
 
@@ -204,20 +208,22 @@ def _conversation(
 
     If the last message is the assistant's and there is no other completion, it is the completion.
     """
-    given = row["messages"]
-    if not isinstance(given, (list, tuple)) or not given:
-        raise malformed(where, "no messages" if given in ([], ()) else _shown(given), _CHAT)
+    messages = row["messages"]
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise malformed(where, "no messages" if messages in ([], ()) else _shown(messages), _CHAT)
     try:
-        turns = checked_turns(given)
+        turns = checked_turns(messages)
     except UsageError as error:  # it says what was expected
         raise DataError(f"{where}: {error}; fix or delete the line") from None
-    completion, last = row.get("completion"), turns[-1]
+    completion = row.get("completion")
+    last = turns[-1]
     answer = last["content"] if last["role"] == "assistant" else None
     if completion in (None, answer) and (answers or answer is not None):
-        turns, completion = turns[:-1], answer
+        turns = turns[:-1]
+        completion = answer
         if not turns or answer is None or not answer.strip():
-            found = f"{len(given)} message(s), the last one of the {last['role']}, and no completion"
-            raise malformed(where, found, _CHAT)
+            what = f"{len(messages)} message(s), the last one of the {last['role']}, and no completion"
+            raise malformed(where, what, _CHAT)
     if turns[-1]["role"] == "assistant":  # the model would be asked to answer an answer
         raise malformed(where, f"two answers: {_shown(turns[-1]['content'])} and {_shown(completion)}", _CHAT)
     return {**row, "context": plain(turns), "completion": completion}, tuple(turns)
@@ -254,10 +260,10 @@ def requested(request: str, names: Collection[str], unknown: Callable[[str], LoG
         request: names, patterns (`bbh.*`) or first parts of names (`bbh`) between commas; empty: all.
         unknown: makes the error that is raised for a part that means none.
     """
-    found: dict[str, None] = {}
-    for item in [item.strip() for item in request.split(",") if item.strip()] or ["*"]:
-        matching = [name for name in names if fnmatch.fnmatchcase(name, item) or name.partition(".")[0] == item]
-        if item not in names and not matching:
-            raise unknown(item)
-        found |= dict.fromkeys([item] if item in names else matching)
-    return list(found)
+    meant: dict[str, None] = {}
+    for part in [part.strip() for part in request.split(",") if part.strip()] or ["*"]:
+        matching = [name for name in names if fnmatch.fnmatchcase(name, part) or name.partition(".")[0] == part]
+        if part not in names and not matching:
+            raise unknown(part)
+        meant |= dict.fromkeys([part] if part in names else matching)
+    return list(meant)

@@ -61,7 +61,7 @@ class Continued:
     golds: dict[int, tuple[int, Sequence[int]]] = field(default_factory=dict)
 
 
-def joined(prompt: str, completion: str) -> str:
+def spaced(prompt: str, completion: str) -> str:
     """The completion with a space in front, unless prompt or completion have white space there already."""
     apart = prompt[-1:].isspace() or completion[:1].isspace() or not prompt
     return completion if apart else f" {completion}"
@@ -70,7 +70,7 @@ def joined(prompt: str, completion: str) -> str:
 def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Prompt, list[int]]:
     """A prompt and the tokens of a completion as they are scored. If they exceed the context, the prompt is cut.
 
-    The completion is `joined` and encoded on its own, so that the prompt has the same tokens as when it is answered. In
+    The completion is `spaced` and encoded on its own, so that the prompt has the same tokens as when it is answered. In
     a conversation it is what the chat template writes for it, which adapters are trained to say.
 
     Raises:
@@ -80,15 +80,16 @@ def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Promp
     tokenizer = prompts.tokenizer
     [whole] = prompts.read([prompt], room=None)
     text = tokenizer.decode(whole.ids) if whole.text is None else whole.text
-    if completion.strip() and (given := given_answer(tokenizer, prompt, text, completion)) is not None:
-        text, completion = "", given
-    gold = answer_ids(tokenizer, joined(text, completion))
+    written = given_answer(tokenizer, prompt, text, completion) if completion.strip() else None
+    if written is None:
+        written = spaced(text, completion)
+    gold = answer_ids(tokenizer, written)
     if not completion or not gold:
         raise UsageError(f"completion {completion!r} has no tokens: expected some text to score")
     prompts.check_known("the completion", gold)
     if prompts.context is not None and len(gold) >= prompts.context:
-        found = f"the completion has {len(gold)} tokens, but the model's context holds {prompts.context}"
-        raise UsageError(f"{found}, the prompt's included: shorten it")
+        length = f"the completion has {len(gold)} tokens, but the model's context holds {prompts.context}"
+        raise UsageError(f"{length}, the prompt's included: shorten it")
     [row] = prompts.read([whole], room=len(gold))
     return row, gold
 
@@ -117,8 +118,8 @@ def continued_rows(
             raise UsageError(f"pair {number + 1}: the {side} has no tokens; expected at least one on either side")
         ids = (*prompt, *gold[:-1])  # the last gold token is only predicted, never read
         if context is not None and len(ids) > context:
-            found = f"pair {number + 1} has {len(ids) + 1} tokens, but the model reads {context} and predicts one more"
-            raise UsageError(f"{found}: shorten the prompt")
+            length = f"pair {number + 1} has {len(ids) + 1} tokens, but the model reads {context} and predicts one more"
+            raise UsageError(f"{length}: shorten the prompt")
         key = (ids, apart and len(prompt), frozenset((name, weight) for name, weight in mixture.items() if weight))
         rows.setdefault(key, Continued(ids, tuple(prompt), mixture)).golds[number] = (len(prompt), gold)
     return list(rows.values())
@@ -144,34 +145,50 @@ def score_pairs(
         UsageError: see `continued_rows`; or a token that the model does not know.
         CacheFull: the adapters of a batch do not fit into the memory for adapters.
     """
-    for number, (prompt, completion) in enumerate(pairs, start=1):
-        given: list[Any] = [*prompt, *completion]
-        if not all(isinstance(one, Integral) and int(one) >= 0 for one in given):
-            raise UsageError(f"pair {number}: expected token ids, 0 or more, found {given!r:.60}")
-        prompts.check_known(f"pair {number}", given)
+    _check_pairs(prompts, pairs)
     rows = continued_rows(pairs, mixtures, prompts.context, apart=pool.activations != (EVERYWHERE,))
-    vocabulary, scored = len(prompts.tokenizer), dict[int, Scored]()
     lengths = [len(row.ids) for row in rows]
     batches = list(batches_by_length(lengths, batch_size, padded=reusable(model), tokens=MAX_TOKENS))
+    scored: dict[int, Scored] = {}
     while batches:
         numbers = batches.pop(0)
         batch = [rows[i] for i in numbers]
-        golds = [one for row in batch for one in row.golds.values()]
-        needed = sorted({start - 1 + i for start, gold in golds for i in range(len(gold))})  # whose logits are needed
+        needed = _needed(batch)
         half = len(batch) // 2
-        if half and len(batch) * len(needed) * vocabulary > MAX_LOGITS:
+        if half and len(batch) * len(needed) * len(prompts.tokenizer) > MAX_LOGITS:
             batches[:0] = [numbers[:half], numbers[half:]]
             continue
         ids, mask = padded([row.ids for row in batch], input_device(model))
         with mixer.active(pool, [Mixture.of(pool, row.mixture, row.prompt) for row in batch], ids.shape[1]):
             logits = logits_at(model, ids, needed, mask)
-        for row, found in zip(batch, logits, strict=True):
+        for row, row_logits in zip(batch, logits, strict=True):
             for number, (start, gold) in row.golds.items():
-                own = found[needed.index(start - 1) :][: len(gold)].float()  # (n, vocabulary)
-                right = torch.tensor(list(gold), device=own.device)
-                nll = checked_nll(float(torch.nn.functional.cross_entropy(own, right)))
-                scored[number] = Scored(bool((own.argmax(dim=-1) == right).all()), nll, len(gold))
+                first = needed.index(start - 1)
+                scored[number] = _scored(row_logits[first : first + len(gold)], gold)
     return [scored[number] for number in range(len(pairs))]
+
+
+def _check_pairs(prompts: Prompts, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    """Raises UsageError unless pairs consist of tokens that the model knows."""
+    for number, (prompt, completion) in enumerate(pairs, start=1):
+        tokens: list[Any] = [*prompt, *completion]
+        if not all(isinstance(token, Integral) and int(token) >= 0 for token in tokens):
+            raise UsageError(f"pair {number}: expected token ids, 0 or more, found {tokens!r:.60}")
+        prompts.check_known(f"pair {number}", tokens)
+
+
+def _needed(batch: Sequence[Continued]) -> list[int]:
+    """The positions whose logits predict the completions of a batch, ascending."""
+    golds = [gold for row in batch for gold in row.golds.values()]
+    return sorted({start - 1 + i for start, gold in golds for i in range(len(gold))})
+
+
+def _scored(logits: Tensor, gold: Sequence[int]) -> Scored:
+    """The score of a completion from the logits (tokens, vocabulary) that predict it; ModelError: they overflow."""
+    exact = logits.float()
+    expected = torch.tensor(list(gold), device=exact.device)
+    nll = checked_nll(float(torch.nn.functional.cross_entropy(exact, expected)))
+    return Scored(bool((exact.argmax(dim=-1) == expected).all()), nll, len(gold))
 
 
 def logits_at(model: Any, ids: Tensor, needed: Sequence[int], mask: Tensor) -> Tensor:
@@ -179,7 +196,8 @@ def logits_at(model: Any, ids: Tensor, needed: Sequence[int], mask: Tensor) -> T
 
     If the model can, it computes no others, since those of a whole prompt would be the largest tensor by far.
     """
-    length, tail = ids.shape[1], ids.shape[1] - needed[0]
+    length = ids.shape[1]
+    tail = length - needed[0]
     parameter = inspect.signature(model.forward).parameters.get("logits_to_keep")
     options: dict[str, Any] = {}
     if parameter is not None:

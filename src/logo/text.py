@@ -18,12 +18,15 @@ class Text:
     of the `stops`, which may hold special tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stops, self._text = tokenizer, bool(stops), StopTexts(stops)
-        whole = {stop: tokenizer(stop, add_special_tokens=False)["input_ids"] for stop in stops}
-        special = [stop for stop, ids in whole.items() if self._decode(ids) != tokenizer.decode(ids)]
+        self._tokenizer = tokenizer
+        self._text = StopTexts(stops)
+        self._by_token = bool(stops)  # so that no token behind a stop text is taken
+        tokens = {stop: tokenizer(stop, add_special_tokens=False)["input_ids"] for stop in stops}
+        special = [stop for stop, ids in tokens.items() if self._decode(ids) != tokenizer.decode(ids)]
         self._ends: EndRule | None = at_texts(tokenizer, special) if special else None
         self._ids: list[int] = []
-        self._start, self._read = 0, 0  # the first token to decode, and the number of tokens whose text is known
+        self._start = 0  # the first token to decode
+        self._read = 0  # the number of tokens whose text is known
 
     @property
     def taken(self) -> int:
@@ -38,10 +41,10 @@ class Text:
     def push(self, ids: Sequence[int]) -> str:
         """The new text that these tokens give."""
         new = ""
-        for some in [[token] for token in ids] if self._stops else [ids]:
+        for part in [[token] for token in ids] if self._by_token else [ids]:
             if self.stopped:
                 break
-            self._ids.extend(some)
+            self._ids.extend(part)
             new += self._text.push(self._more())
             if not self.stopped and self._ends is not None and self._ends(self._ids):
                 new += self.finish()
@@ -59,7 +62,8 @@ class Text:
         both = self._decode(self._ids[self._start :])
         if len(both) <= len(before) or (held and both.endswith(_INCOMPLETE)):
             return ""
-        self._start, self._read = self._read, len(self._ids)
+        self._start = self._read
+        self._read = len(self._ids)
         return both[len(before) :]
 
     def _decode(self, ids: Sequence[int]) -> str:

@@ -110,7 +110,7 @@ class AdapterPool:
             raise PoolError(f"no usable adapter in {where}{first}")
         return pool
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """All names in pool order."""
         return tuple(self._adapters)
@@ -141,7 +141,7 @@ class AdapterPool:
         """Name -> digest of the weight file, in pool order."""
         return {adapter.name: adapter.sha256 for adapter in self}
 
-    @property
+    @cached_property
     def invoked(self) -> bool:
         """Whether any adapter acts from its invocation tokens on."""
         return any(one.tokens for one in self.activations)
@@ -151,7 +151,7 @@ class AdapterPool:
         begins = {one: one.begin(prompt) for one in self.activations} if self.invoked else {}
         return [one.name for one in self if begins.get(one.activation, 0) is None]
 
-    @property
+    @cached_property
     def read_once(self) -> bool:
         """Whether prompts are read once, by the base model: no adapter acts everywhere."""
         return bool(self.activations) and not any(activation.everywhere for activation in self.activations)

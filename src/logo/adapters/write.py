@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from logo.adapters.activation import EVERYWHERE, Activation, noted
 from logo.adapters.adapter import Adapter, LoraWeights
 from logo.adapters.peft import CONFIG, NOTES, SAFETENSORS
-from logo.errors import AdapterError, UsageError
+from logo.errors import AdapterError, UsageError, listed
 from logo.files import new_folder
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ def write_mixture(
         raise UsageError("the mixture has no adapter, so there is nothing to write")
     activations = {adapter.activation for adapter, _ in parts}
     if len(activations) > 1:
-        different = ", ".join(sorted(map(str, activations)))
+        places = listed([f"{adapter.name!r} {_where(adapter.activation)}" for adapter, _ in parts], 5)
         raise UsageError(
-            f"the mixture's adapters act on different tokens ({different}): force one (Python: activation='everywhere')"
+            f"the mixture's adapters act on different tokens ({places}): write those that act on the same tokens alone"
         )
     [activation] = activations
     stacked: dict[str, LoraWeights] = {}
@@ -97,6 +97,11 @@ def write_mixture(
     with new_folder(folder) as part:
         save_adapter(part, plain_tensors(stacked), config, note)
     return folder
+
+
+def _where(activation: Activation) -> str:
+    """Where an adapter acts, in words."""
+    return f"from the tokens {list(activation.tokens)} on" if activation.tokens else str(activation)
 
 
 def activation_note(folder: Path, activation: Activation) -> str | None:

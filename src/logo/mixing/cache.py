@@ -8,6 +8,7 @@ of adapters in the first half, so they never need more.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import traceback
 from collections import OrderedDict, deque
@@ -16,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
+from weakref import WeakSet
 
 import psutil
 import torch
@@ -28,6 +30,7 @@ from logo.models import device_of
 
 # The share of the free memory that adapters may have by default.
 ADAPTER_SHARE = 0.3
+_CACHES: WeakSet[AdapterCache] = WeakSet()  # of this process
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,26 @@ class Stacks:
     @classmethod
     def of(cls, residents: Hold) -> Stacks:
         """Copies the factors of loaded adapters; those of an adapter that is alone on a module are used as they are."""
-        found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+        factors: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}  # module -> adapter -> A and B
         for i, resident in enumerate(residents):
             for path, pair in resident.factors.items():
-                found.setdefault(path, {})[i] = pair
-        modules, owners = {}, dict[tuple[object, ...], Tensor]()
-        for path, pairs in found.items():
-            A, B = (one[0] if len(one) == 1 else torch.cat(one) for one in zip(*pairs.values(), strict=True))
+                factors.setdefault(path, {})[i] = pair
+        modules: dict[str, Stack] = {}
+        owners: dict[tuple[object, ...], Tensor] = {}
+        for path, pairs in factors.items():
+            A = _beside([down for down, _ in pairs.values()])
+            B = _beside([up for _, up in pairs.values()])
             ranks = [len(down) for down, _ in pairs.values()]
             key = (A.device, *pairs, *ranks)
             if key not in owners:
                 owners[key] = torch.tensor(list(pairs)).repeat_interleave(torch.tensor(ranks)).to(A.device)
             modules[path] = Stack(A, B, owners[key])
         return cls(residents, modules)
+
+
+def _beside(factors: list[Tensor]) -> Tensor:
+    """Factors (r, d) side by side along the rank; a single one as it is."""
+    return factors[0] if len(factors) == 1 else torch.cat(factors)
 
 
 class AdapterCache:
@@ -90,21 +100,38 @@ class AdapterCache:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, budget: int) -> None:
-        self.modules, self.dtype, self.budget, self.bytes = modules, dtype, budget, 0
+        self.modules = modules
+        self.dtype = dtype
+        self.budget = budget
+        self.bytes = 0
         self._residents: OrderedDict[Hashable, Resident] = OrderedDict()  # by file; the one used longest ago first
         self._leaving: deque[Hold] = deque()
+        self._last: Stacks | None = None
+        self._begin_loading()
+        _CACHES.add(self)
+
+    def _begin_loading(self) -> None:
+        """Gets what loads adapters, and what guards that; a forked process gets its own, since no thread is in it."""
         self._lock = threading.Lock()
         self._loader = ThreadPoolExecutor(1, "logo-adapters")  # begins its thread when it is needed
-        self._last: Stacks | None = None
+
+    def _forked(self) -> None:
+        """Forgets, in a forked process, the adapters that a thread of the other process was loading."""
+        self._begin_loading()
+        for file, resident in list(self._residents.items()):
+            if not resident.ready.done():
+                del self._residents[file]
+                self.bytes -= resident.bytes
 
     @classmethod
     def of(cls, model: nn.Module, layout: BaseLayout, memory_gb: float | None) -> AdapterCache:
         """The cache of a model of this layout; a budget in 10⁹ bytes, or None: a share of the free memory
         (`ADAPTER_SHARE`)."""
-        given = None if memory_gb is None else bytes_of("adapter_memory_gb", memory_gb)
         modules = {path: model.get_submodule(path) for path in (*layout.shapes, *layout.embeddings)}
-        free = free_bytes(device_of(module) for module in modules.values())
-        budget = int(ADAPTER_SHARE * free) if given is None else given
+        if memory_gb is None:
+            budget = int(ADAPTER_SHARE * free_bytes(device_of(module) for module in modules.values()))
+        else:
+            budget = bytes_of("adapter_memory_gb", memory_gb)
         dtype: torch.dtype = model.dtype  # type: ignore[assignment]
         return cls(modules, dtype if dtype.is_floating_point else torch.float32, budget)
 
@@ -128,8 +155,10 @@ class AdapterCache:
     def has_room(self, adapters: Sequence[Adapter], *, alone: bool = False) -> bool:
         """Whether adapters fit beside those that are held now; `alone`: whether they would if none were held."""
         with self._locked():
-            held = {} if alone else {file: one.bytes for file, one in self._residents.items() if one.users}
-            sizes = held | {one.file: one.parameters * self.dtype.itemsize for one in adapters}
+            sizes: dict[Hashable, int] = {}
+            if not alone:
+                sizes = {file: resident.bytes for file, resident in self._residents.items() if resident.users}
+            sizes |= {adapter.file: adapter.parameters * self.dtype.itemsize for adapter in adapters}
             return sum(sizes.values()) <= self.budget // 2
 
     def reserve(self, adapters: Sequence[Adapter]) -> Hold:
@@ -167,7 +196,7 @@ class AdapterCache:
     def names(self) -> tuple[str, ...]:
         """The adapters that are loaded, the one used longest ago first."""
         with self._locked():
-            return tuple(one.adapter.name for one in self._residents.values() if one.ready.done())
+            return tuple(resident.adapter.name for resident in self._residents.values() if resident.ready.done())
 
     def stacks(self, hold: Hold, *, grows: bool = False) -> Stacks:
         """The loaded adapters of a hold side by side; called by the thread that runs the model.
@@ -177,12 +206,15 @@ class AdapterCache:
                 copied. The order of sums then depends on what came before; without it, on the hold alone.
         """
         last = () if self._last is None else self._last.residents
-        others = [one for one in last if one not in set(hold)] if grows else []
-        if sum(one.bytes for one in others) > sum(one.bytes for one in hold):
-            others = []
-        if self._last is None or (last != hold and not (grows and set(last) == {*hold, *others})):
+        beside: list[Resident] = []  # of the last ones, those that stay
+        if grows:
+            beside = [resident for resident in last if resident not in set(hold)]
+            if sum(resident.bytes for resident in beside) > sum(resident.bytes for resident in hold):
+                beside = []
+        unchanged = last == hold or (grows and set(last) == {*hold, *beside})
+        if self._last is None or not unchanged:
             self._last = None  # frees the memory of the copies
-            self._last = Stacks.of((*hold, *(one for one in others if one.factors)))
+            self._last = Stacks.of((*hold, *(resident for resident in beside if resident.factors)))
         return self._last
 
     @contextmanager
@@ -199,14 +231,15 @@ class AdapterCache:
         try:
             adapter = resident.adapter
             weights = adapter.read()
-            size = sum(one.A.numel() + one.B.numel() for one in weights.values()) * self.dtype.itemsize
+            numbers = sum(factors.A.numel() + factors.B.numel() for factors in weights.values())
+            size = numbers * self.dtype.itemsize
             with self._locked():
                 self._make_room(adapter, size)
                 resident.bytes = size
                 self.bytes += size
-            factors = {path: self._placed(adapter, path, one) for path, one in weights.items()}
+            placed = {path: self._placed(adapter, path, factors) for path, factors in weights.items()}
             with self._locked():
-                resident.factors = factors
+                resident.factors = placed
                 resident.ready.set_result(None)
                 self._free(resident)
         except BaseException as error:  # raised where it is waited for; the next hold tries again
@@ -221,10 +254,9 @@ class AdapterCache:
     def _placed(self, adapter: Adapter, path: str, weights: LoraWeights) -> tuple[Tensor, Tensor]:
         """Copies of A (r, d_in) and of `s B` (r, d_out) where the module computes."""
         device = device_of(self.modules[path])
-        A, B = (
-            torch.empty(found.shape, dtype=self.dtype, device=device).copy_(found)
-            for found in (weights.A, weights.scaled_b().T)
-        )
+        scaled = weights.scaled_b().T
+        A = torch.empty(weights.A.shape, dtype=self.dtype, device=device).copy_(weights.A)
+        B = torch.empty(scaled.shape, dtype=self.dtype, device=device).copy_(scaled)
         # A gate of 0 hides what is not finite from other rows, but merging and the adapter's own rows would spread it.
         if not (finite(A) and finite(B)):
             raise NotFinite(
@@ -236,11 +268,12 @@ class AdapterCache:
     def _make_room(self, adapter: Adapter, size: int) -> None:
         """Frees what was used longest ago. The lock is held."""
         while self.bytes + size > self.budget // 2:
-            idle = next((one for one in self._residents.values() if one.ready.done() and not one.users), None)
+            loaded = (resident for resident in self._residents.values() if resident.ready.done())
+            idle = next((resident for resident in loaded if not resident.users), None)
             if idle is None:
-                others = sum(one.bytes > 0 for one in self._residents.values())
+                count = sum(resident.bytes > 0 for resident in self._residents.values())
                 raise CacheFull(
-                    f"adapter {adapter.name!r}: expected room for {size / 1e6:.1f} MB, found none beside the {others} "
+                    f"adapter {adapter.name!r}: expected room for {size / 1e6:.1f} MB, found none beside the {count} "
                     f"adapters in use; the memory for adapters is {self.budget / 1e9:.3f} GB, half of it for what a "
                     "batch multiplies: give it more (--adapter-memory-gb), select fewer adapters per prompt (-k), or "
                     "answer fewer prompts at once"
@@ -249,10 +282,20 @@ class AdapterCache:
 
     def _free(self, resident: Resident) -> None:
         """Frees an adapter, unless it is being loaded, is held, or can still be asked for. The lock is held."""
-        known = self._residents.get(resident.adapter.file) is resident
-        if not known and not resident.users and resident.ready.done():
+        listed = self._residents.get(resident.adapter.file) is resident
+        if not listed and not resident.users and resident.ready.done():
             self.bytes -= resident.bytes
-            resident.bytes, resident.factors = 0, {}
+            resident.bytes = 0
+            resident.factors = {}
+
+
+def _after_fork() -> None:
+    for cache in list(_CACHES):
+        cache._forked()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def bytes_of(option: str, gigabytes: float) -> int:

@@ -29,7 +29,8 @@ class Gates:
     """
 
     def __init__(self, weights: Tensor, *, per_token: bool = False) -> None:
-        self._weights, self._per_token = weights, per_token
+        self._weights = weights
+        self._per_token = per_token
         # The gate, shaped to multiply a response, and where it is 0 (None: nowhere), by owner, shape, device and dtype.
         self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
 
@@ -44,7 +45,8 @@ class Gates:
         # Modules that the same adapters touch share one owner, and so one gate.
         key = (id(stack.owner), response.shape[:-1], response.device, response.dtype)
         if key not in self._made:
-            lead, rows = response.shape[:-1], len(self._weights)
+            lead = response.shape[:-1]
+            rows = len(self._weights)
             count = lead.numel() if self._per_token else lead[0]
             if rows != 1 and (count != rows if self._per_token else count % rows):
                 unit = "tokens" if self._per_token else "rows"
@@ -72,41 +74,49 @@ class OpeningGates:
     """
 
     def __init__(self, weights: Tensor, begins: Tensor) -> None:
-        self._weights, self._begins = weights, begins
+        self._weights = weights
+        self._begins = begins
         self._open = Gates(weights)
-        self._batch, self._count = len(weights), 0  # rows, and columns that were read up to now
+        self._batch = len(weights)  # rows of the current forward pass
+        self._count = 0  # columns that were read up to now
         self._columns: Tensor | None = None  # of the current forward pass; None: all gates are open
-        self._kept: Tensor | None = None  # those of them that the output head gets, if they are not the last ones
+        self._at_head: Tensor | None = None  # those of them that the output head gets, if they are not the last ones
         self._made: dict[int, Gates] = {}  # of the current pass, by the number of tokens
 
     def follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Takes note of the columns that a forward pass of the model is about to read."""
-        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        read = next(one for one in given if one is not None)
-        cache, seen = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None), 0
+        candidates = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        inputs = next(tensor for tensor in candidates if tensor is not None)
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        seen = 0
         if cache is not None:
             with suppress(AttributeError, ValueError):  # linear attention keeps no columns
                 seen = int(cache.get_seq_length())
-            if not seen and read.shape[1] <= self._count:  # else it reads all of it again (OpenAI GPT)
+            if not seen and inputs.shape[1] <= self._count:  # else it reads all of it again (OpenAI GPT)
                 seen = self._count  # MiniMax's cache says 0 if the first layer is of linear attention
-        self._batch, self._count = read.shape[0], seen + read.shape[1]
+        self._batch = inputs.shape[0]
+        self._count = seen + inputs.shape[1]
         self._columns = None if seen >= int(self._begins.max()) else torch.arange(seen, self._count)
-        kept = kwargs.get("logits_to_keep")
-        self._kept = seen + kept.cpu() if isinstance(kept, Tensor) else None
+        at_head = kwargs.get("logits_to_keep")
+        self._at_head = seen + at_head.cpu() if isinstance(at_head, Tensor) else None
         self._made.clear()
 
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
         """As `Gates.applied`, for all tokens of the pass or for those columns of each row that an output head gets."""
         if self._columns is None:
             return self._open.applied(stack, response)
-        rows, batch, tokens = len(self._weights), self._batch, response.shape[:-1].numel()
-        width, count = len(self._columns), tokens // batch
-        if batch % rows or tokens % batch or count > width:
+        rows = len(self._weights)
+        width = len(self._columns)
+        tokens = response.shape[:-1].numel()
+        count = tokens // self._batch  # of each row
+        if self._batch % rows or tokens % self._batch or count > width:
             raise ValueError(f"gates for {rows} rows of {width} tokens cannot serve {tokens} tokens")
         if tokens not in self._made:
-            columns = self._columns[width - count :] if self._kept is None or count == width else self._kept
+            columns = self._columns[width - count :]
+            if self._at_head is not None and count < width:
+                columns = self._at_head
             gates = torch.where(columns[:, None] >= self._begins[:, None], self._weights[:, None], 0.0)
-            gates = gates.repeat_interleave(batch // rows, dim=0)  # (batch, columns, n)
+            gates = gates.repeat_interleave(self._batch // rows, dim=0)  # (batch, columns, n)
             self._made[tokens] = Gates(gates.flatten(0, 1), per_token=True)
         return self._made[tokens].applied(stack, response)
 

@@ -47,7 +47,8 @@ class Merger:
         The mixture that was merged last is known by its key (adapters and weights; not None) and needs no stacks.
         """
         if self._key != key:
-            self._key, factors = None, stacks()  # None until the copy is complete
+            self._key = None  # until the copy is complete
+            factors = stacks()
             for path in self._merged.keys() - factors.keys():
                 del self._merged[path]
             with torch.inference_mode(False):  # a caller's inference tensors could not be written to later
@@ -83,7 +84,8 @@ def merged_weight(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor 
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
     gate = weights.to(stack.A.device, stack.A.dtype)[stack.owner]  # (R,)
-    left, right = (stack.B * gate[:, None]).T, stack.A
+    left = (stack.B * gate[:, None]).T
+    right = stack.A
     if type(module).__name__ == "Conv1D":  # (in, out)
         left, right = right.T, left.T
     if weight.dtype != stack.A.dtype:

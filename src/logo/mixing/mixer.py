@@ -38,9 +38,9 @@ class Mixture:
     def of(cls, pool: AdapterPool, weights: Mapping[str, float], prompt: Sequence[int]) -> Mixture:
         """A mixture for a prompt, whose tokens say where each adapter acts; those that do not act are left out."""
         begin = cache(lambda activation: activation.begin(prompt))
-        found = {name: begin(pool[name].activation) for name in weights}
-        acting = {name: weights[name] for name, begin in found.items() if begin is not None}
-        return cls(acting, {name: begin for name, begin in found.items() if begin})
+        begins = {name: begin(pool[name].activation) for name in weights}
+        acting = {name: weights[name] for name, begin in begins.items() if begin is not None}
+        return cls(acting, {name: begin for name, begin in begins.items() if begin})
 
     def shifted(self, pads: int, read: int = 0) -> Mixture:
         """The same in a row with so many columns of padding in front, the first `read` of which are read already."""
@@ -57,8 +57,11 @@ class Mixer:
     """
 
     def __init__(self, model: nn.Module, cache: AdapterCache, merge: bool | None = None) -> None:
-        self.cache, self.merge = cache, merge
-        self._model, self._lock, self._width = model, lock_of(model), text_config(model).hidden_size
+        self.cache = cache
+        self.merge = merge
+        self._model = model
+        self._lock = lock_of(model)
+        self._width = text_config(model).hidden_size
         self._merger = Merger(cache.modules)
 
     @contextmanager

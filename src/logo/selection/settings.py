@@ -12,7 +12,7 @@ from typing import Any, Literal
 from logo.adapters.activation import check_forced
 from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import ExamplesUse
-from logo.core import Options, ProbeText, Weighting, WhenUnsure
+from logo.core import CallOptions, Options, ProbeText, Weighting, WhenUnsure
 from logo.errors import UsageError, check_choice, check_type, closest
 from logo.selection.selector import PRIOR, UNSURE, known
 from logo.selection.signals import Signal, get_signal
@@ -23,8 +23,7 @@ Unscorable = Literal["error", "skip"]
 # then those that the last prompt selected.
 ProbeContext = Literal["base", "pool", "carry"]
 
-# Of one call: adapters per prompt, any registered signal, its weighting, the names that may be selected.
-OPTIONS = ("k", "signal", "weighting", "candidates")
+OPTIONS = tuple(CallOptions.__annotations__)  # of one call
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,7 @@ class SelectionSettings:
         check_type("unsure_below", self.unsure_below, Real, "a number")
         if not 0 <= self.unsure_below <= 1:
             raise UsageError(f"unsure_below: expected a confidence from 0 to 1, found {self.unsure_below}")
-        check_type("prior", self.prior, Real, "a number")
-        if not 0 < self.prior < 1:
-            raise UsageError(f"prior: expected a probability between 0 and 1, found {self.prior}")
+        _check_prior(self.prior)
         check_choice("when_unsure", self.when_unsure, WhenUnsure)
         check_choice("examples", self.examples, ExamplesUse)
         if self.probe_text is not None:
@@ -101,9 +98,7 @@ class SelectionSettings:
                 raise UsageError(f"calibration_prompts: expected 8 or more, found {len(texts)} that are not blank")
         raw = get_signal(self.signal).scale == "raw"
         _check_weighting(self.weighting, self.signal, raw)
-        if self.when_unsure != "mix" and raw:
-            unsure = f"when_unsure {self.when_unsure!r}"
-            raise UsageError(f"{unsure}: the signal {self.signal!r} does not say how sure it is")
+        _check_unsure(self.when_unsure, self.signal, raw)
 
     def reading(self, pool: AdapterPool | None = None, signal: str | None = None) -> Signal:
         """A registered signal (None: the engine's own) as it reads a pool (None: one whose adapters act everywhere):
@@ -148,13 +143,20 @@ class SelectionSettings:
             _check_weighting(weighting, name, raw)
         elif name == self.signal:  # a setting for the scores of one signal does not apply to those of another
             weighting = self.weighting
+        prior = given.get("prior")
+        if prior is not None:
+            _check_prior(prior)
+        when_unsure = given.get("when_unsure")
+        if when_unsure is not None:
+            check_choice("when_unsure", when_unsure, WhenUnsure)
+            _check_unsure(when_unsure, name, raw)
         return Options(
             signal=name,
             k=self.k if k is None else k,
             weighting=weighting or signal.weighting,
             when_unsure="mix" if raw else self.when_unsure,
             unsure_below=self.unsure_below,
-            prior=self.prior,
+            prior=self.prior if prior is None else prior,
             candidates=candidates,
         )
 
@@ -198,6 +200,17 @@ def _check_positive(name: str, k: Any) -> None:
         check_type(name, k, Integral, "a whole number")
         if k <= 0:
             raise UsageError(f"number of selected adapters ({name}): expected 1 or more, found {k}")
+
+
+def _check_prior(prior: Any) -> None:
+    check_type("prior", prior, Real, "a number")
+    if not 0 < prior < 1:
+        raise UsageError(f"prior: expected a probability between 0 and 1, found {prior}")
+
+
+def _check_unsure(when_unsure: WhenUnsure, signal: str, raw: bool) -> None:
+    if when_unsure != "mix" and raw:
+        raise UsageError(f"when_unsure {when_unsure!r}: the signal {signal!r} does not say how sure it is")
 
 
 def _check_weighting(weighting: Any, signal: str, raw: bool) -> None:

@@ -27,12 +27,13 @@ from logo.api.names import MixtureRequest, Patterns, usable
 from logo.api.replies import Chosen, adapter_card
 from logo.core import Options, Prompt, Selection
 from logo.endings import at_stop_strings
-from logo.engine import Fitted, LoGo
+from logo.engine import LoGo
 from logo.errors import CacheFull, LoGoError, PoolError, UsageError, listed
 from logo.mixing.mixer import Mixture
 from logo.selection.selector import forced, known
 from logo.serve.batching import STOPPED, Batching, Job, Memory, News
 from logo.serve.packed import HeldMixture
+from logo.state import EngineState
 
 _PROBED = 16  # the most prompts of a probe
 _AGAIN = 0.02  # seconds until a request whose adapters have no room looks for it again
@@ -73,7 +74,8 @@ class Service:
         self._most_answers = memory.concurrent + max_queue
         self._admitted_answers = 0
         self._signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))  # the engine's own first
-        self.signals = self._scoring()
+        prepared, self.signals = self._scoring(logo.prepared())
+        logo.take(prepared)
         self._selecting = ThreadPoolExecutor(1, "logo-select")
         self._line: deque[_Waiting] = deque()  # two threads may use its two ends
         self._memory_turn = asyncio.Lock()  # of the request that waits for the memory of adapters
@@ -321,8 +323,7 @@ class Service:
     def _change(self, later: AdapterPool, new: str | None = None) -> None:
         """Puts a pool in the place of the present one once it is checked and indexed."""
         with self.batching.paused():
-            prepared = self.logo.prepared(later)
-            signals = self._scoring(prepared)
+            prepared, signals = self._scoring(self.logo.prepared(later))
             if new is not None and new not in prepared.fitted:  # an engine that skips adapters that do not fit
                 raise next(error for error in prepared.fitted.refused if error.name == new)
             # Cards are kept, since files may be removed later, and made before the change, since reading one may fail.
@@ -332,20 +333,20 @@ class Service:
         self.adapters = cards
         self.signals = signals
 
-    def _scoring(self, prepared: Fitted | None = None) -> tuple[str, ...]:
-        """Calibrates a pool (None: the present one) for every signal, and returns those that can score it; LoGoError:
-        the engine's own cannot."""
+    def _scoring(self, prepared: EngineState) -> tuple[EngineState, tuple[str, ...]]:
+        """A pool that is calibrated for every signal, and the signals that can score it; LoGoError: the engine's own
+        cannot."""
         scoring = []
         for signal in self._signals:
             try:
-                self.logo.calibrate(signal, prepared=prepared)
+                prepared = self.logo.calibrated(prepared, signal)
             except LoGoError as error:
                 if signal == self._signals[0]:
                     raise
                 _log.info("requests cannot ask for the signal %r: %s", signal, error)
             else:
                 scoring.append(signal)
-        return tuple(scoring)
+        return prepared, tuple(scoring)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from logo.errors import DataError, LoGoError, StorageError, UsageError, closest,
 from logo.identity import fingerprint
 from logo.prompts import answer_ids, asked_text, chat, conversation_text, cut_left, text_ids, written_answer
 from logo.rows import Row, malformed, read_rows, requested, row_files, row_of, unread
-from logo.scoring import joined
+from logo.scoring import spaced
 from logo.training.config import ASSISTANT, TrainingConfig
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
         written = written_answer(tokenizer, row.messages, text, row.golds[0])
     else:
         prompt, text = text_ids(tokenizer, row.context), row.context
-    answer = joined(text, row.golds[0]) if written is None else written.rstrip()
+    answer = spaced(text, row.golds[0]) if written is None else written.rstrip()
     completion = answer_ids(tokenizer, answer)
     if written is not None and end and end[0] in completion:
         completion = completion[: len(completion) - completion[::-1].index(end[0])]

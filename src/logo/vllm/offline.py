@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import threading
 import time
-from collections.abc import Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -25,17 +24,28 @@ from logo import plugins
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, CurrentPool, open_pool, warn_of_bad
 from logo.adapters.sources import OnBadAdapter, pool_sources, spec_of
-from logo.core import Generation, Options, Prompt, Selection
+from logo.answering import AnsweringEngine
+from logo.core import Generation, Prompt, Selection
 from logo.decoding import Batch, Decoding, overflow
 from logo.endings import cut_after_end, end_tokens
-from logo.engine import LoGo
 from logo.errors import LoGoError, ModelError, PoolError, UsageError, need
-from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
+from logo.models import (
+    checked_dtype,
+    checked_options,
+    fetch,
+    load_config,
+    load_tokenizer,
+    loading,
+    lock_of,
+    resolve_base,
+)
 from logo.prompts import Prompts, Truncation
 from logo.scoring import Scored, checked_nll, continued_rows
 from logo.selection.plan import plan
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import SIGNALS
+from logo.state import EngineState
+from logo.streams import Stream
 from logo.vllm.engine import Engine
 from logo.vllm.launch import EXTENSION
 from logo.vllm.options import NO_USAGE, OPTIONS, POOL, VllmOptions, affecting_answers
@@ -46,6 +56,7 @@ from logo.vllm.sampling import check_config, parameters, refused
 from logo.vllm.skeleton import skeleton
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
     from transformers.generation.streamers import BaseStreamer
 
 T = TypeVar("T")
@@ -158,7 +169,7 @@ def _engine(llm: Any) -> Engine:
     return Engine(call, run, llm.llm_engine.vllm_config)
 
 
-class VllmLoGo(LoGo):
+class VllmLoGo(AnsweringEngine):
     """Selects and mixes adapters per prompt inside vLLM. `LoGo.from_pretrained(..., engine="vllm")` makes one.
 
     Rows of a call run together as vLLM schedules them; `batch_size` has no effect. The pool cannot change.
@@ -180,29 +191,26 @@ class VllmLoGo(LoGo):
         self.llm, self.model, self.tokenizer = llm, model, prompts.tokenizer
         self.prompts, self.settings = prompts, settings
         self.engine_options, self.versions = options, {"vllm": version()}
-        self.probe_context, self.prefix_cache, self._carried = "base", None, None
+        self.probe_context = "base"
+        self.prefix_cache = None
         self.merge = None  # mixtures are computed in vLLM's slots
-        self._checkpoint, self._generation_config = model.generation_config, None
+        self._checkpoint = model.generation_config
+        self._generation_config = None
         self._layout = BaseLayout.of(model)
-        self._lock = threading.RLock()
+        self._turns = lock_of(model)
         self.engine = _engine(llm)
         _wait(self.engine.open([settings.signal]))
         served = self.engine.served.pool
-        self._fitted = AdapterPool(served, served.refused, default_k=default_k)
-        self.pool = CurrentPool(self._fitted)
+        fitted = AdapterPool(served, served.refused, default_k=default_k)
+        self._state = EngineState(fitted, fitted, None, self.engine.probe_text == "all")
+        self.pool = CurrentPool(fitted)
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
     @property
-    def fitted(self) -> AdapterPool:
-        """The pool fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`)."""
-        if self.pool.value is not self._fitted:
-            raise UsageError("the pool of the engine 'vllm' cannot change: open another engine, or use engine 'local'")
-        return self._fitted
-
-    @property
     def points(self) -> tuple[str, ...]:
-        return self._scorer(self.settings.signal).points  # type: ignore[no-any-return]
+        """Where prompts are read, such as `"4.v_proj"`; opens the signal first if necessary."""
+        return self._scorer(self._current(), self.settings.signal).points  # type: ignore[no-any-return]
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -214,37 +222,55 @@ class VllmLoGo(LoGo):
 
     # -- selecting -----------------------------------------------------------------------------------------------
 
-    def _scorer(self, signal: str, tell: Any = None) -> Any:
+    def _current(self) -> EngineState:
+        if self.pool.value is not self._state.pool:
+            raise UsageError("the pool of the engine 'vllm' cannot change: open another engine, or use engine 'local'")
+        return self._state
+
+    def _scorer(self, state: EngineState, signal: str) -> Any:
         """What is known of the scorer of a signal, which the workers open first if necessary."""
         served = self.engine.served
         if signal not in served.opened:
-            plan(self.model, self._fitted, self.settings, signal)  # raises the errors of the workers here
+            plan(self.model, state.fitted, self.settings, signal)  # raises the errors of the workers here
             served = self.engine.served = _wait(self.engine.signal(served, signal))
-        found = served.opened[signal]
-        default_k = min(self._fitted.default_k, len(found.selector.names))
-        return replace(found, selector=replace(found.selector, default_k=default_k))
+        scorer = served.opened[signal]
+        default_k = min(state.fitted.default_k, len(scorer.selector.names))
+        return replace(scorer, selector=replace(scorer.selector, default_k=default_k))
 
     def _scores(
-        self, pool: AdapterPool, scorer: Any, rows: Sequence[Prompt], among: Sequence[Any], batch_size: int
+        self,
+        state: EngineState,
+        scorer: Any,
+        rows: Sequence[Prompt],
+        candidates: Sequence[Collection[str] | None],
+        batch_size: int,
     ) -> torch.Tensor:
-        whole = self.engine.probe_text == "all"
-        probed, found = [row.ids if whole else row.probed for row in rows], list[list[float]]()
-        for part in (slice(start, start + _PROBED) for start in range(0, len(rows), _PROBED)):
-            found += _wait(self.engine.scores(self.engine.served, scorer.name, probed[part], among[part]))
-        return torch.tensor(found, dtype=torch.float32)
+        probed = [row.ids if state.probes_all else row.probed for row in rows]
+        scores: list[list[float]] = []
+        for start in range(0, len(rows), _PROBED):
+            part = slice(start, start + _PROBED)
+            scores += _wait(self.engine.scores(self.engine.served, scorer.name, probed[part], candidates[part]))
+        return torch.tensor(scores, dtype=torch.float32)
 
     # -- answering -----------------------------------------------------------------------------------------------
 
-    def _checked(self, pool: AdapterPool, *given: Any) -> tuple[Options, Decoding]:
-        call, decoding = super()._checked(pool, *given)
-        check_config(decoding.config)
-        return call, decoding
+    def _config(
+        self, config: GenerationConfig | None, max_new_tokens: int | None, options: Mapping[str, Any]
+    ) -> GenerationConfig:
+        complete = super()._config(config, max_new_tokens, options)
+        check_config(complete)
+        return complete
 
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
         return [range(len(rows))]
 
-    def _pieces(self, batch: Batch) -> Generator[str]:
-        yield self._decode(batch, None)[0].text
+    def _stream(self, batch: Batch) -> Stream:
+        def pieces() -> Iterator[str]:
+            text = self._decode(batch, None)[0].text
+            if text:
+                yield text
+
+        return Stream(pieces())
 
     def _decode(self, batch: Batch, streamer: BaseStreamer | None) -> list[Generation]:
         started, decoding = time.perf_counter(), batch.decoding

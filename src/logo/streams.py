@@ -1,0 +1,136 @@
+"""`Stream`: the answer to one prompt in pieces, while another thread generates it.
+
+model.generate in a thread -> tokens -> `Text` -> a queue -> pieces -> Stream
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from logo.models import ModelLock
+from logo.text import Text
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def _nothing() -> None:
+    """Ends a stream that has nothing to end."""
+
+
+class Stream(Iterator[str]):
+    """The answer to one prompt in pieces, which together are its text; `LoGo.stream` makes one.
+
+    The generation begins when the first piece is asked for. Whoever leaves a loop over a stream early ends it: with
+    `close`, at the end of a `with` block, or when nothing refers to the stream any more, as behind a loop over a stream
+    without a name. Streams that are open when the program ends are closed then.
+
+    Args:
+        pieces: of the text.
+        end: ends the generation and waits for that; may be called from any thread.
+    """
+
+    def __init__(self, pieces: Iterator[str], end: Callable[[], None] = _nothing) -> None:
+        self._pieces = pieces
+        self._end = weakref.finalize(self, end)  # is also called at the exit of the program
+
+    def __next__(self) -> str:
+        """The next piece. Raises what the generation raises; UsageError: this thread is answering with the model."""
+        if not self._end.alive:
+            raise StopIteration
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the generation, after which the model is free for other calls. There are no more pieces then."""
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class BackgroundAnswer:
+    """One generation in a thread of its own, which begins when the first piece of its text is asked for.
+
+    Args:
+        text: decodes the tokens.
+        lock: of the model, which the thread holds while it generates.
+        generate: generates with a streamer and a criterion that ends the generation early.
+    """
+
+    def __init__(
+        self, text: Text, lock: ModelLock, generate: Callable[[BaseStreamer, StoppingCriteria], object]
+    ) -> None:
+        self._streamer = _TextStreamer(text)
+        self._lock = lock
+        self._generate = generate
+        self._left = _ReaderLeft()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def pieces(self) -> Iterator[str]:
+        """Yields the text in pieces, none of them empty. Raises what the generation raises; UsageError: this thread
+        holds the lock, for which the other one would wait for ever."""
+        self._lock.check_free()
+        self._thread = threading.Thread(target=self._work, name="logo-stream", daemon=True)
+        self._thread.start()
+        yield from filter(None, iter(self._streamer.queue.get, None))
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def end(self) -> None:
+        """Ends the generation, and waits for that, unless this thread holds the lock or is the one that generates."""
+        self._left.noticed = True
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread() and not self._lock.held_here:
+            thread.join()
+
+    def _work(self) -> None:
+        try:
+            with self._lock.lock:
+                if not self._left.noticed:
+                    self._generate(self._streamer, self._left)
+        except BaseException as error:  # raised in the reader's thread
+            self._failure = error
+        finally:
+            self._streamer.queue.put(None)
+
+
+class _ReaderLeft(StoppingCriteria):  # type: ignore[misc]
+    """Ends a generation once its reader has left."""
+
+    def __init__(self) -> None:
+        self.noticed = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.noticed, device=input_ids.device)
+
+
+class _TextStreamer(BaseStreamer):  # type: ignore[misc]
+    """Takes tokens, those of the prompt first, and passes on the text of the others. Transformers' own streamers drop a
+    blank behind a line end and a special token with some tokenizers (Llama 2), and hold symbols back."""
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._prompted = False
+        self.queue: queue.Queue[str | None] = queue.Queue()
+
+    def put(self, value: Tensor) -> None:
+        if self._prompted:
+            self.queue.put(self._text.push(value.flatten().tolist()))
+        self._prompted = True
+
+    def end(self) -> None:
+        self.queue.put(self._text.finish())
