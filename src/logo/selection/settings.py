@@ -154,7 +154,7 @@ class SelectionSettings:
             signal=name,
             k=self.k if k is None else k,
             weighting=weighting or signal.weighting,
-            when_unsure="mix" if raw else self.when_unsure,
+            when_unsure=when_unsure or ("mix" if raw else self.when_unsure),
             unsure_below=self.unsure_below,
             prior=self.prior if prior is None else prior,
             candidates=candidates,
