@@ -16,8 +16,18 @@ VENV_PYTHON = Path(__file__).parent / ".venv" / "bin" / "python"
 
 def positive(text: str) -> int:
     """A whole number of 1 or more; argparse says what was expected."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
+    return at_least(1, int(text))
+
+
+def not_negative(text: str) -> int:
+    """A whole number of 0 or more."""
+    return at_least(0, int(text))
+
+
+def at_least(least: int, number: int) -> int:
+    """The number, unless it is too small."""
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected {least} or more, found {number}")
     return number
 
 
@@ -31,7 +41,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", default="0", help="GPU number, if there is one; -1 is the CPU")
     parser.add_argument("--selection_strategy", default="norm", help="norm or entropy")
     parser.add_argument("--n_selected_modules", type=positive, default=20, help="adapters selected per prompt")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--seed", type=not_negative, default=0, help="random seed")
     parser.add_argument("--generation_early_stop", action="store_true", help="stop at the first newline")
     parser.add_argument("--data_dir", default="./data", help="folder of {main}/{sub}/test.jsonl")
     parser.add_argument("--model_dir", default="./hf_models", help="folder of base models and adapters")
@@ -50,12 +60,14 @@ def options() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Evaluates, and returns the exit code."""
-    given = vars(options().parse_args())
+    arguments = vars(options().parse_args())
     from logo.cli.evaluate import evaluate
+    from logo.cli.output import warn_in_one_line
     from logo.errors import LoGoError
 
+    warn_in_one_line("main.py")
     try:
-        return evaluate(**given, preset="official")
+        return evaluate(**arguments, preset="official")
     except Exception as error:
         kind = "" if isinstance(error, LoGoError) else f"unexpected {type(error).__name__}: "
         print(f"main.py: error: {kind}{' '.join(str(error).split())}", file=sys.stderr)

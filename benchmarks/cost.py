@@ -118,13 +118,13 @@ def measure(plan: Plan) -> list[MeasuredPart]:
 
 def ratios(parts: Sequence[MeasuredPart]) -> dict[str, float]:
     """The ratios of the arms that were measured."""
-    arms = {part.name: part.arms for part in parts}
-    found = {}
+    arms_of = {part.name: part.arms for part in parts}
+    quotients = {}
     for name, (part, over, under) in RATIOS.items():
-        measured: Mapping[str, Timed] = arms.get(part, {})
-        if over in measured and under in measured:
-            found[name] = measured[over].seconds / measured[under].seconds
-    return found
+        arms: Mapping[str, Timed] = arms_of.get(part, {})
+        if over in arms and under in arms:
+            quotients[name] = arms[over].seconds / arms[under].seconds
+    return quotients
 
 
 def report(plan: Plan, parts: Sequence[MeasuredPart]) -> dict[str, Any]:

@@ -27,14 +27,15 @@ DATASETS |= {"ai2_arc": (2, "em"), "nq": (1, "em"), "tqa": (1, "em"), "anli": (3
 
 def equal_runs(seed: int, rows: int = ROWS) -> pandas.DataFrame:
     """A table of results of two runs that are equally good."""
-    random, found = np.random.default_rng(seed), []
+    random = np.random.default_rng(seed)
+    table = []
     for main, (count, metric) in DATASETS.items():
         for number in range(count):
             hard = random.beta(2, 2, rows)
             for run in ("one", "other"):
                 for value in drawn(random, hard, metric):
-                    found.append({"run": run, "dataset": f"{main}.{number}", "metric": metric, "value": value})
-    return pandas.DataFrame(found)
+                    table.append({"run": run, "dataset": f"{main}.{number}", "metric": metric, "value": value})
+    return pandas.DataFrame(table)
 
 
 def drawn(random: np.random.Generator, hard: np.ndarray, metric: str) -> list[Any]:

@@ -132,11 +132,15 @@ class Prompts:
     def _other_texts(self, task: str, row: int, size: int) -> str:
         """So many tokens of texts, which the task, the row and the size choose."""
         if (task, row, size) not in self._texts:
-            drawn = random.Random(f"{task} {row} {size}")
-            others = [text for name, rows in self.contexts.items() if name != task for text in _inputs(rows)]
-            texts, parts, tokens = self._prose if row % 2 else sorted(others), [], list[int]()
+            draw = random.Random(f"{task} {row} {size}")
+            if row % 2:
+                texts = self._prose
+            else:
+                texts = sorted(text for name, rows in self.contexts.items() if name != task for text in _inputs(rows))
+            parts: list[str] = []
+            tokens: list[int] = []
             while len(tokens) < size:
-                parts.append(drawn.choice(texts) + ("\n" if drawn.random() < 0.8 else "\n\n"))
+                parts.append(draw.choice(texts) + ("\n" if draw.random() < 0.8 else "\n\n"))
                 tokens = self._tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
             self._texts[task, row, size] = str(self._tokenizer.decode(tokens[:size])).strip()
         return self._texts[task, row, size]
@@ -145,7 +149,8 @@ class Prompts:
 def _inputs(contexts: Sequence[str]) -> list[str]:
     """The texts of prompts' fields; very short ones are no texts."""
     lines = [line for context in contexts for line in context.partition("\n\n")[2].split("\n")[:-1]]
-    return [text for line in lines if len(text := line.partition(": ")[2]) > 40]
+    texts = [line.partition(": ")[2] for line in lines]
+    return [text for text in texts if len(text) > 40]
 
 
 def engine(base_model: str, pool: Path, window: str) -> LoGo:
@@ -157,23 +162,26 @@ def engine(base_model: str, pool: Path, window: str) -> LoGo:
 
 def measured(logo: LoGo, prompts: Mapping[Asked, str], batch_size: int) -> list[Record]:
     """The records of prompts."""
-    found = logo.select(list(prompts.values()), batch_size=batch_size)
+    selections = logo.select(list(prompts.values()), batch_size=batch_size)
     records = []
-    for asked, one in zip(prompts, found, strict=True):
-        rank = sum(score > one.scores[asked.task] for score in one.scores.values()) + 1
-        records.append(Record(**asdict(asked), rank=rank, confidence=one.confidence or 0.0))
+    for asked, selection in zip(prompts, selections, strict=True):
+        rank = sum(score > selection.scores[asked.task] for score in selection.scores.values()) + 1
+        records.append(Record(**asdict(asked), rank=rank, confidence=selection.confidence or 0.0))
     return records
 
 
 def table(records: Sequence[Record], tasks: Sequence[str]) -> str:
     """Top-1, top-3 and mean confidence on these tasks: a line per pool and window, a column per condition."""
-    conditions = [name for name in CONDITIONS if any(one.condition == name for one in records)]
+    conditions = [name for name in CONDITIONS if any(record.condition == name for record in records)]
     lines = ["| pool | window | " + " | ".join(conditions) + " |", "|---" * (len(conditions) + 2) + "|"]
-    for pool, window in dict.fromkeys((one.pool, one.window) for one in records):
+    for pool, window in dict.fromkeys((record.pool, record.window) for record in records):
         cells = []
-        for name in conditions:
-            some = [one for one in records if (one.pool, one.window, one.condition) == (pool, window, name)]
-            figures = [(one.rank == 1, one.rank <= 3, one.confidence) for one in some if one.task in tasks]
+        for condition in conditions:
+            figures = [
+                (record.rank == 1, record.rank <= 3, record.confidence)
+                for record in records
+                if (record.pool, record.window, record.condition) == (pool, window, condition) and record.task in tasks
+            ]
             means = [sum(values) / len(figures) for values in zip(*figures, strict=True)]
             cells.append(" / ".join(f"{mean:.2f}" for mean in means) or "-")
         lines.append(f"| {pool} | {window} | " + " | ".join(cells) + " |")
@@ -190,32 +198,34 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=3, help="rows per task (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="prompts per probe (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file of the records, which are added to it after each condition")
-    given = parser.parse_args()
-    known = []
-    if given.json and given.json.exists():
-        known = [Record(**one) for one in json.loads(given.json.read_text("utf-8"))]
-    prompts, tasks = None, list[str]()
-    for pool in given.pools:
-        for window in given.windows:
-            logo = engine(given.base_model, pool, window)
-            prompts = prompts or Prompts(given.rows, logo.tokenizer)
+    options = parser.parse_args()
+    records: list[Record] = []
+    if options.json and options.json.exists():
+        records = [Record(**fields) for fields in json.loads(options.json.read_text("utf-8"))]
+    prompts = None
+    tasks: list[str] = []
+    for pool in options.pools:
+        for window in options.windows:
+            logo = engine(options.base_model, pool, window)
+            prompts = prompts or Prompts(options.rows, logo.tokenizer)
             tasks = sorted(name for name in logo.pool.names if name in prompts.contexts)
-            done = {(one.pool, one.window, one.condition, one.task, one.row) for one in known}
-            rows = [(place, task, row) for place, task in enumerate(tasks) for row in range(given.limit)]
-            for condition in given.conditions:
+            done = {Asked(record.pool, record.window, record.condition, record.task, record.row) for record in records}
+            for condition in options.conditions:
                 asked = {
-                    Asked(pool.name, window, condition, task, row): prompts(task, row, condition, place // 2 + row)
-                    for place, task, row in rows
-                    if (pool.name, window, condition, task, row) not in done
+                    Asked(pool.name, window, condition, task, row): prompts(task, row, condition, number // 2 + row)
+                    for number, task in enumerate(tasks)
+                    for row in range(options.limit)
+                    if Asked(pool.name, window, condition, task, row) not in done
                 }
                 started = time.perf_counter()
-                known += measured(logo, asked, given.batch_size) if asked else []
-                took = time.perf_counter() - started
-                print(f"{pool.name} {window} {condition}: {len(asked)} rows in {took:.0f} s", file=sys.stderr)
-                if given.json:
-                    given.json.write_text(json.dumps([asdict(one) for one in known], indent=0), "utf-8")
-    for half, some in (("choosing", tasks[::2]), ("reporting", tasks[1::2])):
-        print(f"{half}: {len(some)} tasks, top-1 / top-3 / mean confidence\n\n{table(known, some)}\n")
+                if asked:
+                    records += measured(logo, asked, options.batch_size)
+                seconds = time.perf_counter() - started
+                print(f"{pool.name} {window} {condition}: {len(asked)} rows in {seconds:.0f} s", file=sys.stderr)
+                if options.json:
+                    options.json.write_text(json.dumps([asdict(record) for record in records], indent=0), "utf-8")
+    for half, names in (("choosing", tasks[::2]), ("reporting", tasks[1::2])):
+        print(f"{half}: {len(names)} tasks, top-1 / top-3 / mean confidence\n\n{table(records, names)}\n")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ class Bench:
 
     def selecting(self) -> MeasuredPart:
         """Probe, score and select, by both signals, beside a plain prefill of a prompt as long."""
-        logo, tokens = self.logo, self.lengths.prompt
+        logo = self.logo
+        tokens = self.lengths.prompt
         rows = self.ids(self.prompts(1, tokens))
         arms: dict[str, Callable[[], object]] = {"prefill": lambda: prefill(logo.model, rows[0])}
         for signal in ("norm", "calibrated"):
@@ -129,7 +130,8 @@ class Bench:
 
     def long(self, tokens: int) -> MeasuredPart:
         """A long prompt: selecting beside a plain prefill, and answering beside the base model alone."""
-        logo, new = self.logo, self.lengths.new
+        logo = self.logo
+        new = self.lengths.new
         logo.calibrate("calibrated")
 
         def row() -> list[int]:
@@ -168,49 +170,56 @@ class Bench:
             for name, rows in mixtures.items()
             for steps in (_BEFORE, _BEFORE + _DECODED)
         }
-        found = side_by_side(arms, self.rounds, self.logo.model.device)
+        timed = side_by_side(arms, self.rounds, self.logo.model.device)
         steps = {}
         for arm in mixtures:
-            short, long = found[f"{arm}, {_BEFORE}"], found[f"{arm}, {_BEFORE + _DECODED}"]
-            spent = [(b - a) / _DECODED for a, b in zip(short.rounds, long.rounds, strict=True)]
-            steps[arm] = Timed(statistics.median(spent), tuple(spent), long.peak_bytes)
+            short = timed[f"{arm}, {_BEFORE}"]
+            long = timed[f"{arm}, {_BEFORE + _DECODED}"]
+            per_step = [(after - before) / _DECODED for before, after in zip(short.rounds, long.rounds, strict=True)]
+            steps[arm] = Timed(statistics.median(per_step), tuple(per_step), long.peak_bytes)
         return MeasuredPart(name or f"decode, batch {batch}", steps, {"rows": batch})
 
     def reading_once(self) -> LoGo:
         """A calibrated engine on the same model and pool whose adapters act on the last tokens only."""
         settings = replace(self.logo.settings, signal="calibrated", activation=ACTIVATION)
-        made = LoGo(self.logo.model, self.logo.tokenizer, self.logo.pool, settings=settings)
-        made.calibrate()
-        return made
+        once = LoGo(self.logo.model, self.logo.tokenizer, self.logo.pool, settings=settings)
+        once.calibrate()
+        return once
 
     def once_prefill(self, once: LoGo) -> MeasuredPart:
         """From a prompt to its first token: by the base model alone, with selection and mixture, and both for a prompt
         whose beginning is cached. Every arm gets new prompts, but for that beginning.
         """
-        plain, tokens, known, rest = self.logo, self.lengths.prompt, self.lengths.known, self.lengths.rest
-        [shared] = self.prompts(1, known)
-        model, encode, cache = plain.model, self.ids, DynamicCache()
-        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        prefill(model, encode([shared])[0][:known], **{name: cache})
+        plain = self.logo
+        model = plain.model
+        tokens = self.lengths.prompt
+        prefix_tokens = self.lengths.known
+        new_tokens = self.lengths.rest
+        long = prefix_tokens + new_tokens
+        [prefix] = self.prompts(1, prefix_tokens)
+        cache = DynamicCache()
+        cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        prefill(model, self.ids([prefix])[0][:prefix_tokens], **{cache_name: cache})
 
         def cached_prefill() -> None:
-            new = encode(self.prompts(1, rest))[0][:rest]
-            prefill(model, new, **{name: cache})
+            new = self.ids(self.prompts(1, new_tokens))[0][:new_tokens]
+            prefill(model, new, **{cache_name: cache})
             cache.crop(-len(new))
 
         arms: dict[str, Callable[[], object]] = {
             "prefill": lambda: answering(plain, self.prompts(1, tokens), 1, [{}]),
             "once": lambda: answering(once, self.prompts(1, tokens), 1),
-            "long prefill": lambda: answering(plain, self.prompts(1, known + rest), 1, [{}]),
-            "long, once": lambda: answering(once, self.prompts(1, known + rest), 1),
-            "cached, once": lambda: answering(once, [f"{shared} {self.prompts(1, rest)[0]}"], 1),
+            "long prefill": lambda: answering(plain, self.prompts(1, long), 1, [{}]),
+            "long, once": lambda: answering(once, self.prompts(1, long), 1),
+            "cached, once": lambda: answering(once, [f"{prefix} {self.prompts(1, new_tokens)[0]}"], 1),
             "cached prefill": cached_prefill,
         }
-        return self._part("read once", arms, tokens=tokens, prefix=known)
+        return self._part("read once", arms, tokens=tokens, prefix=prefix_tokens)
 
     def once_end_to_end(self, once: LoGo, batch: int) -> MeasuredPart:
         """From prompts to answers, as `end_to_end`, by the engine that reads prompts once."""
-        tokens, new = self.lengths.asked, self.lengths.new
+        tokens = self.lengths.asked
+        new = self.lengths.new
         arms: dict[str, Callable[[], object]] = {
             "base": lambda: answering(self.logo, self.prompts(batch, tokens), new, [{}] * batch),
             "once": lambda: answering(once, self.prompts(batch, tokens), new),
@@ -221,7 +230,9 @@ class Bench:
 
     def end_to_end(self, batch: int, peft: PeftArm | None) -> MeasuredPart:
         """From prompts to answers, per batch, with new prompts each time."""
-        logo, tokens, new = self.logo, self.lengths.asked, self.lengths.new
+        logo = self.logo
+        tokens = self.lengths.asked
+        new = self.lengths.new
         logo.calibrate("calibrated")
         arms: dict[str, Callable[[], object]] = {
             "base": lambda: answering(logo, self.prompts(batch, tokens), new, [{}] * batch),
@@ -247,7 +258,8 @@ class Bench:
 
     def _related(self, logo: LoGo) -> Callable[[], object]:
         """Selects for a batch, but answers with `related_mixtures`: a random model's selections are arbitrary."""
-        batch, seeds = self.lengths.batch, itertools.count()
+        batch = self.lengths.batch
+        seeds = itertools.count()
 
         def related() -> object:
             texts = self.prompts(batch, self.lengths.asked)
@@ -264,8 +276,8 @@ def answering(
 ) -> object:
     """Answers a batch with this many new tokens, with these mixtures or with the selected ones."""
     adapters: Any = None if mixtures is None else list(mixtures)
-    how: Any = {"adapters": adapters, "signal": signal, "generation_config": exactly(new), "batch_size": len(texts)}
-    return logo.generate(list(texts), **how)
+    options: Any = {"signal": signal, "generation_config": exactly(new), "batch_size": len(texts)}
+    return logo.generate(list(texts), adapters=adapters, **options)
 
 
 def exactly(new: int) -> GenerationConfig:
@@ -282,5 +294,6 @@ def long_name(tokens: int) -> str:
 def prefill(model: Any, row: Sequence[int], **options: Any) -> None:
     """Runs a prompt as `generate` begins: all tokens at once, with a cache, and logits of the last token only."""
     device = model.get_input_embeddings().weight.device
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    model(input_ids=torch.tensor([row], device=device), use_cache=True, **last, **options)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    model(input_ids=torch.tensor([row], device=device), use_cache=True, **options)

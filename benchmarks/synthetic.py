@@ -64,10 +64,12 @@ class Sizes:
     @property
     def adapted(self) -> dict[str, tuple[int, int]]:
         """The adapted modules: module path -> inputs and outputs."""
-        config, hidden = self.config, self.hidden
-        keys, wide = config.head_dim * config.num_key_value_heads, config.intermediate_size
+        hidden = self.hidden
+        keys = self.config.head_dim * self.config.num_key_value_heads
+        wide = self.config.intermediate_size
         attention = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
-        shapes = dict(zip(TARGETS, [*attention, (hidden, wide), (hidden, wide), (wide, hidden)], strict=True))
+        mlp = [(hidden, wide), (hidden, wide), (wide, hidden)]
+        shapes = dict(zip(TARGETS, [*attention, *mlp], strict=True))
         return {
             f"model.layers.{layer}.{'self_attn' if target in TARGETS[:4] else 'mlp'}.{target}": shapes[target]
             for layer in range(self.layers)
@@ -154,17 +156,18 @@ def related_mixtures(
     """
     generator = torch.Generator().manual_seed(seed)
     k = min(k, len(names))
-    always, among = max(1, round(0.85 * k)), max(k, round(1.2 * k))
-    cores = [_draw(len(names), min(among, len(names)), generator) for _ in range(tasks)]
+    always = max(1, round(0.85 * k))  # adapters of a task that all its rows share
+    related = max(k, round(1.2 * k))  # adapters of a task
+    tasks_adapters = [_draw(len(names), min(related, len(names)), generator) for _ in range(tasks)]
     mixtures = []
     for row in range(rows):
-        core = cores[row % tasks]
-        own = core[always:]
-        rest = [own[i] for i in _draw(len(own), k - always, generator)]
-        weights = torch.rand(k, generator=generator)
-        chosen = [*core[:always], *rest]
-        shares = (weights / weights.sum()).tolist()
-        mixtures.append({names[i]: share for i, share in zip(chosen, shares, strict=True)})
+        task_adapters = tasks_adapters[row % tasks]
+        optional = task_adapters[always:]
+        drawn = [optional[i] for i in _draw(len(optional), k - always, generator)]
+        numbers = torch.rand(k, generator=generator)
+        weights = (numbers / numbers.sum()).tolist()
+        adapters = [*task_adapters[:always], *drawn]
+        mixtures.append({names[i]: weight for i, weight in zip(adapters, weights, strict=True)})
     return mixtures
 
 

@@ -38,30 +38,33 @@ def main(base_model: str, adapters: str, folder: str, count: int) -> None:
         lines = (Path(folder) / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         rows[name] = [json.loads(line) for line in drawn.sample(lines, 2 * count)]
 
-    def tell(label: str, chats: Sequence[tuple[str, Any]], *probed: str) -> None:
-        invoked = logo.fitted.read_once and any(one.tokens for one in logo.fitted.activations)
-        probed, right = ("all",) if invoked else probed, []
-        for probe_text in probed:
+    def tell(label: str, chats: Sequence[tuple[str, Any]], *probe_texts: str) -> None:
+        if logo.fitted.read_once and any(activation.tokens for activation in logo.fitted.activations):
+            probe_texts = ("all",)
+        shares = []
+        for probe_text in probe_texts:
             logo.prompts = replace(logo.prompts, probe_text=probe_text)  # type: ignore[arg-type]
             selections = logo.select([chat for _, chat in chats])
-            right.append(sum(s.adapters[0] == name for s, (name, _) in zip(selections, chats, strict=True)))
-        shares = "   ".join(f"{probe} {hits / len(chats):.3f}" for probe, hits in zip(probed, right, strict=True))
-        print(f"{label:28} {shares}   of {len(chats)}", flush=True)
+            hits = sum(row.adapters[0] == name for row, (name, _) in zip(selections, chats, strict=True))
+            shares.append(f"{probe_text} {hits / len(chats):.3f}")
+        print(f"{label:28} {'   '.join(shares)}   of {len(chats)}", flush=True)
 
     flat = [(name, row) for name in rows for row in rows[name][:count]]
     tell("one message", [(name, [user(row["context"])]) for name, row in flat], "last-user", "all")
     tell("after a system prompt", [(name, [system, user(row["context"])]) for name, row in flat], "last-user", "all")
-    same, brief, other = [], [], []
+    same_task = []
+    brief = []
+    other_task = []
     for name in rows:
         for first, second in zip(rows[name][:count], rows[name][count:], strict=True):
             turns = [user(first["context"]), {"role": "assistant", "content": answer(first)}]
-            same.append((name, [*turns, user(second["context"])]))
+            same_task.append((name, [*turns, user(second["context"])]))
             brief.append((name, [*turns, user(f"And this one?\n{without_instruction(second['context'])}")]))
-            stranger = drawn.choice([known for known in rows if known != name])
-            other.append((stranger, [*turns, user(drawn.choice(rows[stranger])["context"])]))
-    tell("second turn, same task", same, "last-user", "conversation", "all")
+            stranger = drawn.choice([task for task in rows if task != name])
+            other_task.append((stranger, [*turns, user(drawn.choice(rows[stranger])["context"])]))
+    tell("second turn, same task", same_task, "last-user", "conversation", "all")
     tell("second turn, brief", brief, "last-user", "conversation", "all")
-    tell("second turn, other task", other, "last-user", "conversation", "all")
+    tell("second turn, other task", other_task, "last-user", "conversation", "all")
 
 
 def user(text: str) -> dict[str, str]:

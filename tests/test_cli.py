@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +26,7 @@ from logo.cli.output import BASE_ALONE, selection_line
 from logo.cli.prompts import PromptOptions, forced
 from logo.core import Selection
 from logo.demo import adapters_dir
+from logo.errors import Unsure
 from logo.selection.selector import PRIOR, UNSURE
 from test_evaluate import DATA, F1, ROOT
 from tolerances import PATIENCE
@@ -214,6 +218,7 @@ BAD = [
     ("select x --base-modle y", 2, "Unknown option: --base-modle. Did you mean --base-model?"),
     ("select x ENGINE --signal nrom", 2, "did you mean 'norm'"),
     ("slect x", 2, 'Unknown command "slect". Did you mean "select"?'),
+    ("slect x", 2, "verify, train, evaluate, pool, ... (see `logo --help`)"),
     ("select x --base-model Qwen2.5-8B POOL", 1, "did you mean 'Qwen2.5-7B'"),
     ("generate x ENGINE --adapter ad01=much", 2, "expected NAME or NAME=WEIGHT"),
     ("generate x ENGINE --max-new-tokens 5000", 2, "context holds 4096 tokens"),
@@ -240,6 +245,16 @@ def test_bad_input_is_one_line(command: str, code: int, message: str, capsys: py
     lines = [line for line in captured.err.splitlines() if line and not line.startswith("No --base-model")]
     assert len(lines) == 1 and lines[0].startswith("logo: error: ") and message in lines[0]
     assert captured.out == "" and "Traceback" not in captured.err
+
+
+def test_who_refuses_a_prompt_names_options_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line its own, and Python those of Python."""
+    _, err = said(capsys, "select", "Bake a cake", *DEMO, "--when-unsure", "refuse", code=1)
+    assert err.startswith("logo: error: no adapter of the pool seems to be made for this prompt")
+    assert "--when-unsure base lets the base model answer" in err and "--adapter" not in err
+    with closing(LoGo.from_pretrained("demo", device="cpu")) as engine, pytest.raises(Unsure) as refused:
+        engine.select("Bake a cake", when_unsure="refuse")
+    assert 'let the base model answer (when_unsure="base")' in str(refused.value) and "--" not in str(refused.value)
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,10 +288,32 @@ def test_output_can_be_piped_to_a_reader_that_stops() -> None:
 
 
 def test_numbers_that_main_cannot_use() -> None:
-    for option in ("--batch_size", "--limit", "--n_selected_modules", "--max_new_tokens"):
-        asked = [sys.executable, "main.py", option, "0"]
+    for option, least in (
+        *((option, 1) for option in ("--batch_size", "--limit", "--n_selected_modules", "--max_new_tokens")),
+        ("--seed", 0),
+    ):
+        asked = [sys.executable, "main.py", option, str(least - 1)]
         done = subprocess.run(asked, capture_output=True, text=True, timeout=PATIENCE)
-        assert done.returncode == 2 and f"argument {option}: expected 1 or more, found 0" in done.stderr
+        assert done.returncode == 2
+        assert f"argument {option}: expected {least} or more, found {least - 1}" in done.stderr
+
+
+@pytest.mark.filterwarnings("always")
+def test_main_warns_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = shutil.copytree(F1 / "adapters", tmp_path / "pool")
+    (pool / "ad00" / "examples.jsonl").write_text("nothing")
+    asked = [
+        *("--dataset", "bbh.word_sorting", "--data_dir", str(DATA), "--limit", "1", "--max_new_tokens", "2"),
+        *("--base_model", str(F1 / "model"), "--adapters", str(pool), "--gpu", "-1", "--result_dir", str(tmp_path)),
+    ]
+    monkeypatch.setattr("sys.argv", ["main.py", *asked])
+    assert runpy.run_path(str(ROOT / "main.py"))["main"]() == 0
+    err = capsys.readouterr().err
+    assert "UserWarning" not in err
+    [line] = [line for line in err.splitlines() if "examples.jsonl" in line]
+    assert line.startswith("main.py: warning: ") and line.endswith("the examples are left out")
 
 
 def test_main_without_the_package_says_what_to_do(tmp_path: Path) -> None:
@@ -322,6 +359,35 @@ def test_a_file_says_what_options_say(tmp_path: Path, capsys: pytest.CaptureFixt
     # The command line counts more than the file, in any order.
     three = selected(*asked, "-k", "3")
     assert selected("-k", "3", "--config", str(file)) == selected("--config", str(file), "-k", "3") == three
+
+
+def test_of_several_files_the_later_ones_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def selected(*options: str, code: int = 0) -> Any:
+        out, err = said(capsys, "select", "What is 7 plus 5?", *DEMO, "--json", *options, code=code)
+        return err if code else json.loads(out)
+
+    shared = tmp_path / "shared.yaml"
+    shared.write_text("signal: norm\nn_selected_modules: 2\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("n-selected-modules: 3\n")
+    files = ("--config", str(shared), "--config", str(mine))
+    assert selected(*files) == selected("--signal", "norm", "-k", "3")
+    assert len(selected(*files[2:], *files[:2])["adapters"]) == 2
+    assert len(selected(*files, "-k", "1")["adapters"]) == 1
+    assert str(tmp_path / "none.yaml") in selected("--config", str(tmp_path / "none.yaml"), *files[:2], code=1)
+
+
+def test_a_file_may_name_options_as_short_as_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "short.yaml"
+    file.write_text("signal: norm\nk: 2\n")
+    asked = ("select", "What is 7 plus 5?", *DEMO, "--json", "--config", str(file))
+    assert len(json.loads(said(capsys, *asked)[0])["adapters"]) == 2
+    assert len(json.loads(said(capsys, *asked, "-k", "1")[0])["adapters"]) == 1
+    file.write_text("k: 2\nn_selected_modules: 3\n")
+    line = f"logo: error: --config {file}: k and n_selected_modules are the same option; keep one of them"
+    assert said(capsys, *asked, code=2)[1] == line
 
 
 def test_official_names_in_files_of_the_official_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

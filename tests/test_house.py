@@ -16,6 +16,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from logo.cli.app import app
 from logo.cli.serve_options import ServerOptions
@@ -136,6 +137,23 @@ def test_the_public_api_is_what_it_says() -> None:
         assert getattr(logo, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Logo'"):
         _ = logo.Logo
+
+
+# -- what is committed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
+def test_only_assets_are_large() -> None:
+    """The limit and the folders of assets are those of the hook."""
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    [hook] = [hook for repo in hooks for hook in repo["hooks"] if hook["id"] == "check-added-large-files"]
+    [limit] = [int(argument.removeprefix("--maxkb=")) for argument in hook["args"]]
+    committed = run("git", "-c", "safe.directory=*", "-C", ROOT, "ls-files", "-z").stdout.split("\0")
+    sizes = {name: (ROOT / name).stat().st_size for name in committed if (ROOT / name).is_file()}
+    large = {name for name, size in sizes.items() if size > limit * 1024}
+    assert limit == 200 and len(sizes) > 300
+    assert {name for name in large if not re.search(hook["exclude"], name)} == set()
+    assert "src/logo/demo/assets/model/model.safetensors" in large
 
 
 # -- which tests run, and when ---------------------------------------------------------------------------------------

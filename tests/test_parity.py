@@ -1,5 +1,5 @@
 """Parity with the official script on a random Qwen2 with biases and tied embeddings, and mixed adapters: with its
-arithmetic, written from its formulas, with PEFT for the adapters.
+arithmetic, written from its formulas, with PEFT for the adapters. And the answers of the bundled model beside PEFT's.
 
 Per prompt, alone: the model runs with some adapters active at full scale, `h` is the residual stream that enters the
 last layer, and every adapter's response to every token is `(h A^T) B^T s`. The last token's response gives the score,
@@ -18,16 +18,18 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import tiny
-from logo import AdapterPool, LoGo, Selection, SelectionSettings
+from logo import AdapterPool, LoGo, Selection, SelectionSettings, demo
 from make_adapters import write_peft
 from test_calibrated import change
 from test_engine import tokenizer
 
 # Scores are equal within this, relative; so neighbours that are closer to each other than this may change places.
 SAME = 1e-4
+TOKENS = 12  # of an answer of the bundled model, at most
 
 
 @dataclass(frozen=True)
@@ -162,3 +164,39 @@ def test_selections_are_the_official_ones(
         found = logo.select(ROWS, batch_size=batch_size)
         assert [difference(*pair, pool.names) for pair in zip(found, expected, strict=True)] == [None] * len(ROWS)
     assert len({one.selected for one in expected}) > 1  # prompts really differ
+
+
+def test_the_demo_answers_as_peft_does(recwarn: pytest.WarningsRecorder) -> None:
+    """Each prompt of the showcase under what it selects, which PEFT adds up to one adapter, under its own adapter, and
+    under none."""
+    prompts = [row["context"] for row in demo.showcase()]
+    tasks = [row["task"] for row in demo.showcase()]
+    logo = LoGo.from_pretrained("demo", device="cpu")
+    base = transformers.AutoModelForCausalLM.from_pretrained(demo.model_dir(), dtype=torch.float32)
+    wrapped = peft.PeftModel.from_pretrained(base, demo.adapters_dir() / tasks[0], adapter_name=tasks[0])
+    for name in logo.names:
+        if name != tasks[0]:
+            wrapped.load_adapter(demo.adapters_dir() / name, adapter_name=name)
+    wrapped.eval()
+
+    def answered(prompt: str) -> list[int]:
+        encoded = logo.tokenizer(prompt, return_tensors="pt")
+        ids = wrapped.generate(**encoded, max_new_tokens=TOKENS, do_sample=False)[0]
+        return ids[encoded["input_ids"].shape[1] :].tolist()
+
+    selections = logo.select(prompts)
+    assert len({selection.adapters for selection in selections}) > 8 and max(len(s.adapters) for s in selections) > 1
+    mixed = logo.generate(prompts, adapters=selections, max_new_tokens=TOKENS, batch_size=8)
+    for number, (prompt, selection, generation) in enumerate(zip(prompts, selections, mixed, strict=True)):
+        mixture = f"mixture {number}"
+        wrapped.add_weighted_adapter(list(selection.adapters), list(selection.weights), mixture, combination_type="cat")
+        wrapped.set_adapter(mixture)
+        assert answered(prompt) == list(generation.token_ids), prompt
+        wrapped.delete_adapter(mixture)
+    alone = logo.generate(prompts, adapters=[{task: 1.0} for task in tasks], max_new_tokens=TOKENS, batch_size=8)
+    plain = logo.generate(prompts, adapters={}, max_new_tokens=TOKENS, batch_size=8)
+    for prompt, task, by_adapter, by_base in zip(prompts, tasks, alone, plain, strict=True):
+        wrapped.set_adapter(task)
+        assert answered(prompt) == list(by_adapter.token_ids), prompt
+        with wrapped.disable_adapter():
+            assert answered(prompt) == list(by_base.token_ids), prompt

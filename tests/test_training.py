@@ -40,7 +40,7 @@ from logo.scoring import spaced
 from logo.training import loop
 from logo.training.config import TrainingConfig
 from logo.training.loop import Base, Fitted, fit
-from logo.training.rows import Example, Task, encoded, read_task, shortened, split, task_files
+from logo.training.rows import TaskRows, TokenizedRow, encoded, read_task, shortened, split, task_files
 from test_chat import with_template
 from test_engine import tokenizer
 from written import write_base, write_rows
@@ -54,20 +54,22 @@ UNUSED = 95  # a token that is in no example
 ATTENTION = {"llama": "q_proj,v_proj", "qwen2": "q_proj,v_proj", "gpt2": "c_attn"}
 
 
-def examples(count: int, seed: int = 0, longest: int = 14) -> tuple[Example, ...]:
+def examples(count: int, seed: int = 0, longest: int = 14) -> tuple[TokenizedRow, ...]:
     """Random rows of different lengths; a completion repeats a part of its prompt, so there is something to learn."""
     dice = random.Random(seed)
     made = []
     for _ in range(count):
         prompt = [dice.randrange(3, UNUSED) for _ in range(dice.randrange(1, longest))]
         completion = [prompt[-1]] * dice.randrange(1, 4) + [1]
-        made.append(Example((0, *prompt, *completion), 1 + len(prompt)))
+        made.append(TokenizedRow((0, *prompt, *completion), 1 + len(prompt)))
     return tuple(made)
 
 
-def learn(model: nn.Module, config: TrainingConfig, some: Sequence[Example], name: str = "task", **how: Any) -> Fitted:
+def learn(
+    model: nn.Module, config: TrainingConfig, some: Sequence[TokenizedRow], name: str = "task", **how: Any
+) -> Fitted:
     """Learns rows, and leaves the model as it was."""
-    return fit(Base(model, tokenizer()), Task(name, *split(name, config, some)), config, **how)
+    return fit(Base(model, tokenizer()), TaskRows(name, *split(name, config, some)), config, **how)
 
 
 def gap(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
@@ -77,7 +79,7 @@ def gap(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     return max(map(float, apart.values()))
 
 
-def read(file: Path, config: TrainingConfig = CONFIG, tokens: Any = None) -> Task:
+def read(file: Path, config: TrainingConfig = CONFIG, tokens: Any = None) -> TaskRows:
     return read_task(file.stem, file, tokens or tokenizer(), config)
 
 
@@ -229,7 +231,7 @@ def test_copies_of_held_out_rows_are_not_learned_from() -> None:
 
 
 def test_every_epoch_has_every_row_once_in_another_order() -> None:
-    config, task = TrainingConfig(batch_size=5), Task("a", examples(18))
+    config, task = TrainingConfig(batch_size=5), TaskRows("a", examples(18))
     epochs = [[row for step in range(at, at + 4) for row in task.batch(step, config)] for at in (0, 4)]
     assert all(sorted(map(id, rows)) == sorted(map(id, task.learned)) for rows in epochs) and epochs[0] != epochs[1]
     lengths = [replace(config, epochs=epochs).length(18) for epochs in (0.1, 2.0, 2.5)]
@@ -256,7 +258,7 @@ KINDS = ("llama", "gpt2", "qwen2")  # gpt2 keeps weights transposed (Conv1D); qw
 USUAL = TrainingConfig(r=3, alpha=6, lr=3e-3, steps=STEPS, batch_size=4, held_out=0.0)
 
 
-def collated(rows: Sequence[Example], late: bool) -> dict[str, Any]:
+def collated(rows: Sequence[TokenizedRow], late: bool) -> dict[str, Any]:
     """A batch with the loss of completions; PEFT is told how many tokens of each padded row are activated if `late`."""
     ids, mask = tiny.padded([list(row.ids) for row in rows])
     labels, _ = tiny.padded([[-100] * row.prompt + list(row.ids[row.prompt :]) for row in rows])
@@ -265,7 +267,7 @@ def collated(rows: Sequence[Example], late: bool) -> dict[str, Any]:
 
 
 def check_equal(
-    kind: str, config: TrainingConfig, rows: Sequence[Example], folder: Path, invocation: Sequence[int] = ()
+    kind: str, config: TrainingConfig, rows: Sequence[TokenizedRow], folder: Path, invocation: Sequence[int] = ()
 ) -> None:
     """Asserts that our loop makes the factors and losses to which PEFT and the Trainer come from the same beginning.
     PEFT finds the invocation itself, but for `UNUSED`, with which it is told where rows are activated."""
@@ -295,7 +297,7 @@ def check_equal(
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    task = Task("task", tuple(rows))
+    task = TaskRows("task", tuple(rows))
     collate = partial(collated, late=list(invocation) == [UNUSED])
     ordered: Any = [row for step in range(STEPS) for row in task.batch(step, config)]
     trainer = transformers.Trainer(wrapped, arguments, train_dataset=ordered, data_collator=collate)
@@ -328,7 +330,7 @@ def test_an_activated_adapter_is_the_one_of_peft_too(kind: str, activation: Acti
         prompt = list(row.ids[: row.prompt])
         place = dice.randrange(1, len(prompt) + 1)
         prompt[place:place] = activation.tokens
-        rows.append(Example((*prompt, *row.ids[row.prompt :]), len(prompt), activation.begin(prompt) or 0))
+        rows.append(TokenizedRow((*prompt, *row.ids[row.prompt :]), len(prompt), activation.begin(prompt) or 0))
     check_equal(kind, config, rows, tmp_path, activation.tokens or (UNUSED,))
     plain = learn(tiny.model(kind), config, [replace(row, begin=0) for row in rows])
     assert gap(plain.tensors, learn(tiny.model(kind), config, rows).tensors) > 1e-2  # where it acts does matter
@@ -593,6 +595,7 @@ def test_another_number_of_example_prompts_needs_no_training(
     assert (copied / "a" / FILES[2]).read_text() == '{"prompt": "mine"}' and (copied / "a" / FILES[0]).exists()
 
 
+@pytest.mark.filterwarnings("always")
 def test_an_adapter_of_something_else_is_refused(
     copied: Path, given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -619,12 +622,31 @@ def test_an_adapter_of_something_else_is_refused(
     assert run([*command(given[0], tmp_path / "tasks", copied), "--overwrite"]) == 0
     assert "adapters to train: 1, 2 trained already" in capsys.readouterr().err
     changed = {name for name, content in contents(copied).items() if before.get(name) != content}
-    assert changed == {f"b/{file}" for file in FILES[1:] if file != "examples.jsonl"}  # nobody knows whose they are
+    assert changed == {f"b/{file}" for file in (*FILES[1:], f"{FILES[2]}.old")}
     write_examples(copied / "b", ["mine"])
     for more in ("--steps", "3"), ("--steps", "2", "--examples", "1"):
         assert run([*command(given[0], tmp_path / "tasks", copied), *more, "--overwrite"]) == 0
     assert [read_examples(copied / name / "examples.jsonl") for name in "ab"][1] == ["mine"]
     assert len(read_examples(copied / "a" / "examples.jsonl")) == 1
+
+
+@pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize("recorded", [True, False])
+def test_example_prompts_of_another_adapter_do_not_become_those_of_a_new_one(
+    recorded: bool, copied: Path, given: Given, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would select it for prompts of the adapter that it has replaced. They are kept beside it, unused."""
+    folder = copied / "b"
+    shutil.rmtree(folder)
+    shutil.copytree(copied / "a", folder)
+    write_examples(folder, ["a prompt of a"])
+    if not recorded:  # an adapter from elsewhere
+        (folder / FILES[3]).unlink()
+    assert run([*command(*given, copied), "--tasks", "b", "--overwrite"]) == 0
+    assert f"{folder}: the example prompts there were those of the adapter that is replaced" in capsys.readouterr().err
+    assert read_examples(folder / FILES[2]) == [row["context"] for row in rows(11, 1)[:4]]
+    assert AdapterPool.open(copied)["b"].examples == tuple(read_examples(folder / FILES[2]))
+    assert read_examples(folder / f"{FILES[2]}.old") == ["a prompt of a"]
 
 
 def test_a_list_at_the_end_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

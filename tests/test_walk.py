@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from logo import LoGo
-from walk import PROMPT, walked
+from pathlib import Path
+
+import pytest
+
+from walk import evaluate, generate, walked
 
 
 def test_generate_of_one_prompt_is_a_short_walk() -> None:
-    logo = LoGo.from_pretrained("demo")
-    logo.generate(PROMPT, max_new_tokens=8)
-    found = walked(lambda: logo.generate(PROMPT, max_new_tokens=8))
-    assert ("answering.py", "AnsweringEngine.generate") in found
-    assert len(found) <= 100 and len({file for file, _ in found}) <= 20, found
+    functions = walked(generate())
+    assert ("answering.py", "AnsweringEngine.generate") in functions
+    assert len(functions) <= 100 and len({file for file, _ in functions}) <= 20, functions
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_four_rows_is_a_walk_that_can_be_followed(tmp_path: Path) -> None:
+    functions = walked(evaluate(tmp_path))
+    assert ("cli/evaluate.py", "evaluate") in functions and ("answering.py", "AnsweringEngine.generate") in functions
+    assert len(functions) <= 300 and len({file for file, _ in functions}) <= 45, functions

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("pythons", nargs="+", help="commands or paths")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the environments in this folder")
     options = parser.parse_args(arguments)
-    good, bad = [], []
+    good = []
+    bad = []
     for python in options.pythons:
         version = asked(python)
         if version is None:

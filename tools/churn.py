@@ -48,9 +48,10 @@ Answers = dict[tuple[str, str], tuple[dict[str, float], str]]
 
 def pools() -> tuple[AdapterPool, list[Adapter]]:
     """The bundled pool without two of its adapters, and those two under one name."""
-    every = AdapterPool.open(DEMO_FOLDER / "adapters")
-    first, second, *others = every
-    return every.subset([one.name for one in others]), [replace(one, name=CHANGED) for one in (first, second)]
+    bundled = AdapterPool.open(DEMO_FOLDER / "adapters")
+    first, second, *unchanged = bundled
+    pool = bundled.subset([adapter.name for adapter in unchanged])
+    return pool, [replace(first, name=CHANGED), replace(second, name=CHANGED)]
 
 
 def engine() -> LoGo:
@@ -66,31 +67,31 @@ def facts(selection: Selection) -> dict[str, float]:
     return dict(selection.scores)
 
 
-def close(one: dict[str, float], other: dict[str, float]) -> bool:
+def close(scores: dict[str, float], right: dict[str, float]) -> bool:
     """Whether scores are the same up to rounding."""
-    return one.keys() == other.keys() and all(
-        abs(one[name] - other[name]) <= CLOSE * (1 + abs(one[name])) for name in one
+    return scores.keys() == right.keys() and all(
+        abs(scores[name] - right[name]) <= CLOSE * (1 + abs(scores[name])) for name in scores
     )
 
 
 def answers(logo: LoGo) -> Answers:
     """(signal, prompt) -> scores and text, of the pool as it is."""
-    found = {}
+    by_question = {}
     for signal in SIGNALS:
         for prompt in PROMPTS:
-            made = logo.generate(prompt, signal=signal, max_new_tokens=TOKENS)
-            found[signal, prompt] = facts(made.selection), made.text
-    return found
+            generation = logo.generate(prompt, signal=signal, max_new_tokens=TOKENS)
+            by_question[signal, prompt] = facts(generation.selection), generation.text
+    return by_question
 
 
 def expected(added: list[Adapter]) -> list[Answers]:
     """The answers of each of the three pools, by engines that never change."""
-    found = [answers(engine())]
+    of_pools = [answers(engine())]
     for adapter in added:
         logo = engine()
         logo.pool.add(adapter)
-        found.append(answers(logo))
-    return found
+        of_pools.append(answers(logo))
+    return of_pools
 
 
 def asked(logo: LoGo, kind: str, signal: str, prompt: str) -> tuple[dict[str, float] | None, str | None]:
@@ -98,17 +99,23 @@ def asked(logo: LoGo, kind: str, signal: str, prompt: str) -> tuple[dict[str, fl
     if kind == "select":
         return facts(logo.select(prompt, signal=signal)), None
     if kind == "generate":
-        made = logo.generate(prompt, signal=signal, max_new_tokens=TOKENS)
-        return facts(made.selection), made.text
+        generation = logo.generate(prompt, signal=signal, max_new_tokens=TOKENS)
+        return facts(generation.selection), generation.text
     if kind == "stream":
         return None, "".join(logo.stream(prompt, signal=signal, max_new_tokens=TOKENS))
-    chosen = logo.select(prompt, signal=signal)
+    selection = logo.select(prompt, signal=signal)
     try:
-        return facts(logo.reselect(chosen, k=1)), None
+        return facts(logo.reselect(selection, k=1)), None
     except PoolError as error:
-        if CHANGED in chosen.scores and "those of 'changed'" in str(error):  # it was removed between the two calls
-            return facts(chosen), None
+        if CHANGED in selection.scores and "those of 'changed'" in str(error):  # it was removed between the two calls
+            return facts(selection), None
         raise
+
+
+def is_answer(scores: dict[str, float] | None, text: str | None, right: tuple[dict[str, float], str]) -> bool:
+    """Whether what a call tells is what one pool answers."""
+    right_scores, right_text = right
+    return (scores is None or close(scores, right_scores)) and text in (None, right_text)
 
 
 def churn(logo: LoGo, right: list[Answers], threads: int, goes_on: Callable[[int], bool], seed: int = 0) -> Any:
@@ -117,22 +124,23 @@ def churn(logo: LoGo, right: list[Answers], threads: int, goes_on: Callable[[int
     Returns:
         How often each kind of call was made and the pool was changed; and what was wrong.
     """
-    counts, wrong, added = Counter[str](), list[str](), pools()[1]
+    _, added = pools()
+    counts: Counter[str] = Counter()
+    wrong: list[str] = []
     done = threading.Event()
 
     def ask(number: int) -> None:
-        draw, rounds = random.Random(f"{seed} {number}"), 0
+        draw = random.Random(f"{seed} {number}")
+        rounds = 0
         try:
             while goes_on(rounds) and not wrong:
                 rounds += 1
                 kind = draw.choice(("select", "generate", "stream", "reselect"))
-                signal, prompt = draw.choice(SIGNALS), draw.choice(PROMPTS)
+                signal = draw.choice(SIGNALS)
+                prompt = draw.choice(PROMPTS)
                 scores, text = asked(logo, kind, signal, prompt)
                 counts[kind] += 1
-                for of_pool in (one[signal, prompt] for one in right):
-                    if (scores is None or close(scores, of_pool[0])) and text in (None, of_pool[1]):
-                        break
-                else:
+                if not any(is_answer(scores, text, of_pool[signal, prompt]) for of_pool in right):
                     wrong.append(f"{kind} by {signal} of {prompt!r}: {scores}, {text!r}")
         except Exception as error:
             wrong.append(f"thread {number}: {type(error).__name__}: {error}")
@@ -159,13 +167,13 @@ def churn(logo: LoGo, right: list[Answers], threads: int, goes_on: Callable[[int
 
 def scores_of_all() -> list[dict[str, float]]:
     """The scores of all prompts by both signals and each pool, with the cache that the environment names."""
-    every = []
+    scores = []
     for adapter in (None, *pools()[1]):
         logo = engine()
         if adapter is not None:
             logo.pool.add(adapter)
-        every += [facts(logo.select(prompt, signal=signal)) for signal in SIGNALS for prompt in PROMPTS]
-    return every
+        scores += [facts(logo.select(prompt, signal=signal)) for signal in SIGNALS for prompt in PROMPTS]
+    return scores
 
 
 def differing(right: list[Answers], cache: str) -> tuple[int, int]:
@@ -173,10 +181,10 @@ def differing(right: list[Answers], cache: str) -> tuple[int, int]:
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
     code = "import churn, json; print(json.dumps(churn.scores_of_all()))"
     environment = {**os.environ, "LOGO_CACHE": cache, "PYTHONPATH": path}
-    made = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    found = json.loads(made.stdout.splitlines()[-1])
-    wanted = [scores for one in right for scores, _ in one.values()]
-    return len(found), sum(not close(one, other) for one, other in zip(found, wanted, strict=True))
+    process = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    read = json.loads(process.stdout.splitlines()[-1])
+    right_scores = [scores for of_pool in right for scores, _ in of_pool.values()]
+    return len(read), sum(not close(*pair) for pair in zip(read, right_scores, strict=True))
 
 
 def main() -> int:
@@ -185,12 +193,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=8, help="that ask (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is asked and changed (default: %(default)s)")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as used:
         os.environ["LOGO_CACHE"] = used
         torch.set_num_threads(1)
-        right, end = expected(pools()[1]), time.monotonic() + 60 * given.minutes
-        counts, wrong = churn(engine(), right, given.threads, lambda rounds: time.monotonic() < end, given.seed)
+        right = expected(pools()[1])
+        end = time.monotonic() + 60 * options.minutes
+        counts, wrong = churn(engine(), right, options.threads, lambda rounds: time.monotonic() < end, options.seed)
         print(", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())))
         read, apart = differing(right, used)
     print(f"{read} selections by calibrations that were left on disk: {apart} are wrong")

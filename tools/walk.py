@@ -1,6 +1,7 @@
 """Counts the functions of LoGo that one warm call enters, and the files that they are in.
 
     python tools/walk.py                 # `LoGo.generate` of one prompt on the bundled model
+    python tools/walk.py --evaluate      # `logo evaluate` of four rows, with the opening of the model and its pool
     python tools/walk.py --list          # and names them, in the order in which they are entered first
 
 A call should be short enough to be followed by reading: tests/test_walk.py holds the numbers.
@@ -10,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 import logo
+from logo.demo import assets_dir
 
 PACKAGE = str(Path(logo.__file__).parent)
 PROMPT = "Give the word garden in all capitals."
+INNER = ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>", "<lambda>")
 
 
 def walked(call: Callable[[], object]) -> list[tuple[str, str]]:
@@ -37,27 +41,48 @@ def walked(call: Callable[[], object]) -> list[tuple[str, str]]:
         call()
     finally:
         sys.setprofile(None)
-    found: dict[tuple[str, str], None] = {}
+    functions: dict[tuple[str, str], None] = {}
     for code in entered:
         name = code.co_qualname
-        while name.rpartition(".")[2] in ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>", "<lambda>"):
+        while name.rpartition(".")[2] in INNER:
             name = name.rpartition(".")[0].removesuffix(".<locals>")
-        found.setdefault((code.co_filename.removeprefix(f"{PACKAGE}/"), name))
-    return list(found)
+        functions.setdefault((code.co_filename.removeprefix(f"{PACKAGE}/"), name))
+    return list(functions)
+
+
+def generate() -> Callable[[], object]:
+    """A warm `generate` of one prompt."""
+    engine = logo.LoGo.from_pretrained("demo")
+    engine.generate(PROMPT, max_new_tokens=8)
+    return lambda: engine.generate(PROMPT, max_new_tokens=8)
+
+
+def evaluate(folder: Path) -> Callable[[], object]:
+    """A warm `logo evaluate` of four rows, whose results are below a folder."""
+    from logo.cli.app import run
+
+    def evaluated(name: str) -> None:
+        rows = ["--dataset", "antonym", "--data-dir", str(assets_dir() / "heldout"), "--limit", "4"]
+        model = ["--base-model", "demo", "--gpu", "-1", "--max-new-tokens", "8"]
+        if run(["evaluate", *model, *rows, "--result-dir", str(folder / name)]) != 0:
+            raise RuntimeError("the evaluation failed")
+
+    evaluated("cold")
+    return lambda: evaluated("warm")
 
 
 def main() -> None:
-    """Prints the count of a warm `generate`."""
+    """Prints the count of a warm call."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--evaluate", action="store_true", help="a whole evaluation of four rows")
     parser.add_argument("--list", action="store_true", help="name the functions")
-    asked = parser.parse_args()
-    engine = logo.LoGo.from_pretrained("demo")
-    engine.generate(PROMPT, max_new_tokens=8)
-    found = walked(lambda: engine.generate(PROMPT, max_new_tokens=8))
-    if asked.list:
-        for file, name in found:
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        functions = walked(evaluate(Path(folder)) if options.evaluate else generate())
+    if options.list:
+        for file, name in functions:
             print(f"{file}: {name}")
-    print(f"{len(found)} functions in {len({file for file, _ in found})} files")
+    print(f"{len(functions)} functions in {len({file for file, _ in functions})} files")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ class NotFinite(ModelError, ArithmeticError):
 
 class Unsure(PoolError):
     """No adapter seems to be made for a prompt, and `when_unsure` is `"refuse"`; has the `scores` by name, the
-    `confidence` that is too low, and the `reason` without the options that change it."""
+    `confidence` that is too low, and the `reason` without Python's options that change it: the command line and the
+    servers add their own."""
 
     def __init__(self, reason: str, scores: Mapping[str, float], confidence: float) -> None:
         super().__init__(reason, scores, confidence)
@@ -83,7 +84,7 @@ class Unsure(PoolError):
         self.confidence = confidence
 
     def __str__(self) -> str:
-        return f"{self.reason}; force one (--adapter), or let the base model answer (--when-unsure base)"
+        return f'{self.reason}; force adapters (adapters=...), or let the base model answer (when_unsure="base")'
 
 
 class DataError(LoGoError, ValueError):

@@ -86,7 +86,10 @@ def measure(
 ) -> dict[str, Any]:
     """Exact match on held-out rows of the base, the task's own adapter, a uniform mixture and foreign adapters."""
     pool = {name: load_deltas(adapters / name) for name in rows}
-    base, oracle, uniform, foreign = {}, {}, {}, {}
+    base = {}
+    oracle = {}
+    uniform = {}
+    foreign = {}
     with mixed(model, [(deltas, 1 / len(pool)) for deltas in pool.values()]):
         for name, held in rows.items():
             uniform[name] = round(exact_match(model, tokenizer, held), 4)
@@ -101,8 +104,8 @@ def measure(
             f"{name:14s} base {base[name]:.2f} own {oracle[name]:.2f} uniform {uniform[name]:.2f} "
             f"on other tasks {foreign[name]:.2f}"
         )
-    every = [row for held in rows.values() for row in held]
-    top1 = {name: round(value, 4) for name, value in signals(model, tokenizer, pool, every).items()}
+    all_rows = [row for held in rows.values() for row in held]
+    top1 = {name: round(value, 4) for name, value in signals(model, tokenizer, pool, all_rows).items()}
     tables = {"base": base, "oracle": oracle, "uniform": uniform, "foreign": foreign}
     average = {name: round(sum(table.values()) / len(table), 4) for name, table in tables.items()}
     _say(f"average {average} top-1 of the signals {top1}")

@@ -10,21 +10,21 @@ import io
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter, convert
-from cyclopts.config import Dict
 from cyclopts.help import DefaultFormatter, PanelSpec
 from rich.box import Box
 from rich.console import Console
 
 from logo import __version__, plugins
 from logo.cli import compare, datasets, demo, evaluate, generate, lm_eval, report, select, serve, study, train, verify
+from logo.cli.config import options_in
+from logo.cli.output import warn_in_one_line
 from logo.cli.pool import calibrate, examples, export, inspect, lock, push
-from logo.errors import EXTRAS, DataError, LoGoError, StorageError, UsageError, is_out_of_memory, missing
+from logo.errors import EXTRAS, LoGoError, Unsure, UsageError, is_out_of_memory, missing
 
 EPILOGUE = (
     "Anywhere on the line: --config FILE reads options from YAML, or from the run.json of a run; --plugin "
@@ -42,7 +42,8 @@ def _shown(default: Any) -> Any:
 
 def _converted(kind: Any, tokens: Any) -> Any:
     """The value of an option, where cyclopts itself would round a number that is not whole."""
-    if kind in (int, int | None) and "." in (text := tokens[-1].value):
+    text = tokens[-1].value
+    if kind in (int, int | None) and "." in text:
         raise ValueError(f"expected a whole number, found {text!r}")
     return convert(kind, tokens)
 
@@ -67,9 +68,9 @@ app.register_install_completion_command()
 
 def _group(name: str, help: str, group: Group) -> App:
     """A group of commands of that name."""
-    made = App(name, help=help, help_epilogue="", group=group, version_flags=(), **_SETTINGS)
-    app.command(made)
-    return made
+    commands = App(name, help=help, help_epilogue="", group=group, version_flags=(), **_SETTINGS)
+    app.command(commands)
+    return commands
 
 
 _pool = _group("pool", "Inspect, prepare, list and publish pools of adapters.", _ADAPTERS)
@@ -91,36 +92,32 @@ _data.command(datasets.prepare)
 ANYWHERE = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 ANYWHERE.add_argument("--debug", action="store_true")
 ANYWHERE.add_argument("--plugin", action="append", default=[])
-ANYWHERE.add_argument("--config", type=Path)
+ANYWHERE.add_argument("--config", action="append", default=[], type=Path)
 # Lists in one text, of which a user may expect to give them one by one; of other options, the last value counts.
 _LISTS = ("--dataset", "--tasks", "--signals", "--methods", "--protocols", "--targets")
 
 
+HARNESS = ["eval", "lm-eval"]  # whose arguments are another program's
+
+
 def run(argv: Sequence[str]) -> int:
     """Runs a command and returns its exit code."""
-    argv = list(argv)
-    end = argv.index("--") if "--" in argv else len(argv)  # what follows is for another program
-    end = 0 if argv[:2] == ["eval", "lm-eval"] else end  # likewise
-    anywhere, own = ANYWHERE.parse_known_args(argv[:end])
-    warnings.showwarning = _show_warning
+    words = list(argv)
+    end = words.index("--") if "--" in words else len(words)  # what follows is for another program
+    if words[:2] == HARNESS:
+        end = 0
+    anywhere, own_words = ANYWHERE.parse_known_args(words[:end])
+    warn_in_one_line("logo")
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows '?'
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        for one in anywhere.plugin:
-            plugins.load(one, os.getcwd())
+        for plugin in anywhere.plugin:
+            plugins.load(plugin, os.getcwd())
         plugins.load_installed()
-        given = [word.partition("=")[0] for word in own]
-        for name in (one for one in _LISTS if given.count(one) > 1):
-            raise UsageError(f"{name} is given {given.count(name)} times: separate several values with commas")
-        tokens = [*own, *argv[end:]]
-        app.config = [] if anywhere.config is None else [_options_in(anywhere.config, app.parse_commands(tokens)[0])]
-        console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-        how: dict[str, Any] = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
-        result = app(tokens, console=console, **how)
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        _check_lists(own_words)
+        return _called([*own_words, *words[end:]], anywhere.config)
     except BaseException as error:
         if anywhere.debug:
             traceback.print_exc()
@@ -129,37 +126,26 @@ def run(argv: Sequence[str]) -> int:
         app.config = []
 
 
-def _options_in(file: Path, command: Sequence[str]) -> Dict:
-    """The options in a file, which a user or a run wrote, by name.
+def _check_lists(words: Sequence[str]) -> None:
+    """Raises UsageError if an option that takes several values with commas is given several times."""
+    flags = [word.partition("=")[0] for word in words]
+    for name in _LISTS:
+        if flags.count(name) > 1:
+            raise UsageError(f"{name} is given {flags.count(name)} times: separate several values with commas")
 
-    Raises:
-        StorageError, DataError: it cannot be read, or holds something else.
-        UsageError: another command wrote it, or its plugins are not loaded.
-    """
-    import yaml
 
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"--config {file}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise DataError(f"--config {file}: expected YAML or JSON: {' '.join(str(error).split())}") from error
-    wrote = content.get("command") if isinstance(content, dict) else None
-    if isinstance(wrote, dict):  # a run's
-        if wrote.get("name") != (here := " ".join(command)):
-            raise UsageError(f"--config {file}: `logo {wrote.get('name')}` wrote it; expected a file for `logo {here}`")
-        for one in wrote.get("plugins") or ():
-            if one not in plugins.named():
-                raise UsageError(f"--config {file}: its run used the plugin {one}; add --plugin {one}")
-        content = wrote.get("options")
-    if not isinstance(content, dict):
-        raise DataError(f"--config {file}: expected options by name, found {type(content).__name__}")
-    # The permission of a run to replace results was for that one command.
-    once = ("overwrite",) if isinstance(wrote, dict) else ()
-    kept = {name: value for name, value in content.items() if value is not None and name not in once}
-    for name in reversed(command):  # below its command, an option may be called as another command is
-        kept = {name: kept}
-    return Dict(kept, source=f"--config {file}")
+def _called(tokens: Sequence[str], config_files: Sequence[Path]) -> int:
+    """Calls the command that these tokens name, and returns its exit code."""
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    if tokens[:2] == HARNESS and tokens[2:3] in ([], ["-h"], ["--help"]):
+        app.help_print(HARNESS, console=console)
+        return 0
+    names, apps, _ = app.parse_commands(tokens)
+    configs = [options_in(file, names, apps[-1]) for file in config_files]
+    app.config = configs[::-1]  # the first that has an option counts: the last file of the line
+    code = app(tokens, console=console, exit_on_error=False, print_error=False, result_action="return_value")
+    sys.stdout.flush()
+    return code if isinstance(code, int) else 0
 
 
 def _explain(error: BaseException) -> int:
@@ -169,7 +155,12 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, CycloptsError):
         command = " ".join(("logo", *(error.command_chain or ())))
         error.verbose = False
-        return _fail(f"{str(error).rstrip('.')} (see `{command} --help`)", 2)
+        line = str(error)
+        if not line.endswith("..."):
+            line = line.removesuffix(".")
+        return _fail(f"{line} (see `{command} --help`)", 2)
+    if isinstance(error, Unsure):
+        return _fail(f"{error.reason}; --when-unsure base lets the base model answer, mix a broad mixture", 1)
     if isinstance(error, LoGoError):
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
     if isinstance(error, SystemExit):
@@ -183,8 +174,3 @@ def _explain(error: BaseException) -> int:
 def _fail(message: str, code: int) -> int:
     print(f"logo: error: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, UserWarning):
-        print(f"logo: warning: {' '.join(str(message).split())}", file=sys.stderr)

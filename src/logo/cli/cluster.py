@@ -31,11 +31,14 @@ def expected(layout: Layout, pool: str, base_model: str, model_dir: str) -> Expe
 def anywhere(opening: Opening) -> Opening:
     """The same with absolute paths, for a process with another working directory. A text that may also be a name on the
     Hub is a path if it exists."""
-    base, model_dir = opening.base_model, opening.options.get("model_dir")
-    sources = pool_sources(opening.pool, base, model_dir)
-    options = {**opening.options, "model_dir": os.path.abspath(model_dir or ".")}
-    base = absolute_base(base, model_dir)
-    return replace(opening, base_model=base, pool=spec_of(sources), options=options)
+    model_dir = opening.options.get("model_dir")
+    sources = pool_sources(opening.pool, opening.base_model, model_dir)
+    return replace(
+        opening,
+        base_model=absolute_base(opening.base_model, model_dir),
+        pool=spec_of(sources),
+        options={**opening.options, "model_dir": os.path.abspath(model_dir or ".")},
+    )
 
 
 def absolute_base(name: str, model_dir: str | None) -> str:
@@ -52,9 +55,10 @@ def absolute(name: str) -> str:
 def in_workers(opening: Opening, options: WorkerOptions, answer: Callable[..., Any]) -> Iterator[tuple[Any, Any]]:
     """The facts of what workers have opened, and what divides blocks of rows among them; `answer`: what one of them
     does with a block."""
-    from logo.cluster.workers import in_workers as started
+    from logo.cluster import workers
 
-    layout, there = Layout(options.workers or 1, options.ray or usual_address()), anywhere(opening)
-    found = expected(layout, str(there.pool), there.base_model, model_dir=there.options["model_dir"])
-    with started(layout, found, there, answer) as opened:
+    layout = Layout(options.workers or 1, options.ray or usual_address())
+    there = anywhere(opening)
+    pool = expected(layout, str(there.pool), there.base_model, model_dir=there.options["model_dir"])
+    with workers.in_workers(layout, pool, there, answer) as opened:
         yield opened

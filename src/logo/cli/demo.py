@@ -40,17 +40,17 @@ def demo(*, limit: Annotated[int | None, said("all", validator=positive)] = None
     if not json:
         out.print(_side_by_side(answers))
         out.print("Where no adapter clearly fits, weights sum to less than 1: the rest is the base model's.\n")
-    results: list[TaskScore] = []
-    with progress(disable=json or not err.is_terminal) as shown:
-        task = shown.add_task("held-out rows", total=len(logo.names))
-        for result in show.scores(logo, limit, lambda name: shown.update(task, description=name)):
-            results.append(result)
-            shown.advance(task)
-    average = show.average(results)
+    scores: list[TaskScore] = []
+    with progress(disable=json or not err.is_terminal) as bars:
+        bar = bars.add_task("held-out rows", total=len(logo.names))
+        for score in show.scores(logo, limit, lambda task: bars.update(bar, description=task)):
+            scores.append(score)
+            bars.advance(bar)
+    average = show.average(scores)
     if json:
-        print_json(_report(logo, answers, results, average))
+        print_json(_report(logo, answers, scores, average))
         return
-    out.print(_table(results, average))
+    out.print(_table(scores, average))
     out.print(
         "\nbase: no adapter · uniform: an equal mixture of all adapters · norm: selected per prompt as in the paper ·\n"
         "calibrated: selected per prompt by LoGo's own signal · target: the task's own adapter.\n"
@@ -78,43 +78,48 @@ def _judged(text: str, gold: str) -> Text:
 
 
 def _bars(answer: Answer) -> Table:
-    shown = weighty(answer.selection)
+    weights = weighty(answer.selection)
     table = plain_table("", "", "")
     table.show_header = False
-    for name, weight in shown.items():
-        row = name, f"{weight:.2f}", Bar(max(shown.values()), 0, weight, width=8)
-        table.add_row(*row, style="bold" if name == answer.task else "")
+    for name, weight in weights.items():
+        bar = Bar(max(weights.values()), 0, weight, width=8)
+        table.add_row(name, f"{weight:.2f}", bar, style="bold" if name == answer.task else "")
     return table
 
 
-def _table(results: list[TaskScore], average: dict[str, float]) -> Table:
+def _table(scores: list[TaskScore], average: dict[str, float]) -> Table:
     table = Table(header_style="dim", border_style="dim", title="exact match on held-out rows", title_style="")
     table.add_column("task")
     table.add_column("rows", justify="right")
     for method in average:
         table.add_column(method, justify="right")
-    for result in results:
-        table.add_row(result.task, str(result.rows), *(f"{result.exact_match[m]:.2f}" for m in average))
+    for score in scores:
+        table.add_row(score.task, str(score.rows), *(f"{score.exact_match[method]:.2f}" for method in average))
     table.add_section()
-    table.add_row(
-        "average", str(sum(r.rows for r in results)), *(f"{value:.2f}" for value in average.values()), style="bold"
-    )
+    rows = sum(score.rows for score in scores)
+    table.add_row("average", str(rows), *(f"{exact_match:.2f}" for exact_match in average.values()), style="bold")
     return table
 
 
-def _report(
-    logo: LoGo, answers: list[Answer], results: list[TaskScore], average: dict[str, float]
-) -> dict[str, object]:
+def _report(logo: LoGo, answers: list[Answer], scores: list[TaskScore], average: dict[str, float]) -> dict[str, object]:
     signal = logo.settings.signal
     return {
         "signal": signal,
         "k": logo.k,
         "prompts": [
-            {"task": a.task, "prompt": a.prompt, "gold": a.gold, "base": a.base, "logo": a.logo}
-            | dict(a.selection.as_dict())
-            for a in answers
+            {
+                "task": answer.task,
+                "prompt": answer.prompt,
+                "gold": answer.gold,
+                "base": answer.base,
+                "logo": answer.logo,
+                **answer.selection.as_dict(),
+            }
+            for answer in answers
         ],
         # `logo` is what LoGo answered with.
-        "tasks": {r.task: {"rows": r.rows, **r.exact_match, "logo": r.exact_match[signal]} for r in results},
+        "tasks": {
+            score.task: {"rows": score.rows, **score.exact_match, "logo": score.exact_match[signal]} for score in scores
+        },
         "average": {**average, "logo": average[signal]},
     }

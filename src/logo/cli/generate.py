@@ -44,7 +44,7 @@ def generate(
     """
     if adapter and base_only:
         raise UsageError("--base-only and --adapter exclude each other: give one of them")
-    texts, asked = prompts.read(prompt)
+    texts, inputs = prompts.read(prompt)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if temperature > 0:
         options |= {"do_sample": True, "temperature": temperature, "top_k": 0}
@@ -55,14 +55,20 @@ def generate(
 
             torch.manual_seed(seed)
         if len(texts) == 1 and not json and sys.stdout.isatty():
-            _stream(logo, asked[0], mixture, **options)
+            _stream(logo, inputs[0], mixture, **options)
             return
-        answers = logo.generate(asked, adapters=mixture, **options)
+        answers = logo.generate(inputs, adapters=mixture, **options)
     if json:
         records = [
-            {"prompt": text, "text": one.text, **one.selection.as_dict()}
-            | {"tokens": len(one.token_ids), "finish_reason": one.finish_reason, "seconds": one.seconds}
-            for text, one in zip(texts, answers, strict=True)
+            {
+                "prompt": text,
+                "text": answer.text,
+                **answer.selection.as_dict(),
+                "tokens": len(answer.token_ids),
+                "finish_reason": answer.finish_reason,
+                "seconds": answer.seconds,
+            }
+            for text, answer in zip(texts, answers, strict=True)
         ]
         print_json(records[0] if len(records) == 1 else records)
         return

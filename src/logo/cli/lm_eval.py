@@ -24,11 +24,6 @@ def lm_eval(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) ->
     Args:
         arguments: Arguments of `lm_eval`; `logo eval lm-eval run --help` shows them.
     """
-    if not arguments or arguments[0] in ("--help", "-h"):
-        from logo.cli.app import app
-
-        app.help_print(["eval", "lm-eval"])
-        return
     need("this command", "lm_eval")
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry
@@ -45,10 +40,11 @@ def lm_eval(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) ->
 
 def completed(arguments: list[str]) -> list[str]:
     """The harness's arguments with `--model logo` where they run something and name no model."""
-    command, rest = (
-        ("run", arguments) if arguments[:1] not in ([name] for name in _SUBCOMMANDS) else (arguments[0], arguments[1:])
-    )
-    if not arguments or command != "run" or not rest or "--help" in rest or "-h" in rest:
+    names_a_command = bool(arguments) and arguments[0] in _SUBCOMMANDS
+    command = arguments[0] if names_a_command else "run"
+    options = arguments[1:] if names_a_command else arguments
+    if command != "run" or not options or "--help" in options or "-h" in options:
         return arguments
-    named = any(argument.split("=")[0] in _NAMES_A_MODEL for argument in rest)
-    return [command, *([] if named else ["--model", MODEL]), *rest]
+    if any(option.split("=")[0] in _NAMES_A_MODEL for option in options):
+        return [command, *options]
+    return [command, "--model", MODEL, *options]

@@ -61,16 +61,16 @@ class Opened:
         logo = LoGo(self.model, self.tokenizer, self.pool, settings=settings, **options)
         cache = cache_folder(settings.cache)
         where = f"once; kept in {cache}" if cache else "each time, since there is no cache folder"
-        late = threading.Timer(QUIET, note, [f"calibrating the pool ({where}) ..."])
-        late.daemon = True
-        with progress(disable=not err.is_terminal) as shown:
-            bar = shown.add_task("calibrating", total=None, visible=False)
+        late_note = threading.Timer(QUIET, note, [f"calibrating the pool ({where}) ..."])
+        late_note.daemon = True
+        with progress(disable=not err.is_terminal) as bars:
+            bar = bars.add_task("calibrating", total=None, visible=False)
             if not err.is_terminal:
-                late.start()
+                late_note.start()
             try:
-                logo.calibrate(tell=lambda done, of: shown.update(bar, total=of, completed=done, visible=True))
+                logo.calibrate(tell=lambda done, total: bars.update(bar, total=total, completed=done, visible=True))
             finally:
-                late.cancel()
+                late_note.cancel()
         return logo
 
 
@@ -98,8 +98,10 @@ def open_engine(
 
 def placed(device: str) -> dict[str, Any]:
     """The options of `LoGo.from_pretrained` for the value of `--device`; none for `auto`. Errors as `device_of`."""
-    if device in ("auto", "spread"):
-        return {} if device == "auto" else {"device_map": "auto"}
+    if device == "auto":
+        return {}
+    if device == "spread":
+        return {"device_map": "auto"}
     return {"device": device_of(device)}
 
 

@@ -35,7 +35,8 @@ not_negative = Number(gte=0)
 
 def said(default: str, *, of: Group | None = None, **more: Any) -> Parameter:
     """An option whose default is told in words."""
-    more |= {} if of is None else {"group": of}  # a group of None is none at all: such options are not shown
+    if of is not None:  # a group of None is none at all: such options are not shown
+        more["group"] = of
     return Parameter(show_default=default, **more)
 
 
@@ -54,8 +55,13 @@ def changed(options: Any, *names: str) -> dict[str, str]:
         options: a dataclass of options.
         names: of its fields; none: all of them.
     """
-    wanted = (one for one in fields(options) if not names or one.name in names)
-    return {one.name: f"--{one.name.replace('_', '-')}" for one in wanted if getattr(options, one.name) != one.default}
+    flags: dict[str, str] = {}
+    for field in fields(options):
+        if names and field.name not in names:
+            continue
+        if getattr(options, field.name) != field.default:
+            flags[field.name] = f"--{field.name.replace('_', '-')}"
+    return flags
 
 
 def written(name: str, *options: Any) -> dict[str, Any]:
@@ -63,8 +69,10 @@ def written(name: str, *options: Any) -> dict[str, Any]:
     have their defaults, without secrets, and the plugins."""
     values = {name: getattr(group, name) for group in options for name in changed(group)}
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
-    made = {"name": name, "options": without_secrets(plain)}
-    return {**made, "plugins": named} if (named := plugins.named()) else made
+    command = {"name": name, "options": without_secrets(plain)}
+    if plugins.named():
+        command["plugins"] = plugins.named()
+    return command
 
 
 @Parameter(name="*")
@@ -164,21 +172,22 @@ def arguments(option: str, text: str) -> dict[str, str]:
     Raises:
         UsageError: it is something else.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
         if not equals:
             raise UsageError(f"{option} {part!r}: expected NAME=VALUE, several with commas")
-        found[name.strip().replace("-", "_")] = value
-    return found
+        values[name.strip().replace("-", "_")] = value
+    return values
 
 
 def method_arguments(text: str | None) -> dict[str, Any]:
     """The options in `--method-args`, with an absolute path for a model in a folder, since workers may have another
     working directory; UsageError if the seed is among them."""
-    found = arguments("--method-args", text or "")
-    if "seed" in found:
+    options = arguments("--method-args", text or "")
+    if "seed" in options:
         raise UsageError("--method-args seed: expected options of the method alone; the seed is `--seed` of a run")
-    if os.path.exists(model := found.get("embedding_model", "")):
-        found["embedding_model"] = os.path.abspath(model)
-    return found
+    model = options.get("embedding_model", "")
+    if os.path.exists(model):
+        options["embedding_model"] = os.path.abspath(model)
+    return options

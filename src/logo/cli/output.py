@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,20 @@ def plain_table(*headings: str) -> Table:
     return table
 
 
+def warn_in_one_line(program: str) -> None:
+    """From now on, this process's warnings are one line on stderr each; those that are for programmers are not shown.
+
+    Args:
+        program: the command that a line begins with.
+    """
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning):
+            print(f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
 def note(message: str) -> None:
     """Prints a note to stderr, so that stdout holds results only."""
     err.print(message, style="dim", markup=False)
@@ -95,11 +110,10 @@ def selection_table(selection: Selection, others: int = 0) -> Table:
     if not rows:
         table.add_row(BASE_ALONE, "", "", "")
     for name, weight in rows:
-        score = selection.scores.get(name)
-        shown = "forced" if score is None else f"{score:.4g}"
-        table.add_row(Text(name), f"{weight:.3f}", Bar(heaviest, 0, weight, width=BAR, color="cyan"), shown)
-    left = [name for name in selection.scores if name not in selection.adapters]
-    for name in sorted(left, key=selection.scores.__getitem__, reverse=True)[:others]:
+        score = f"{selection.scores[name]:.4g}" if name in selection.scores else "forced"
+        table.add_row(Text(name), f"{weight:.3f}", Bar(heaviest, 0, weight, width=BAR, color="cyan"), score)
+    not_selected = [name for name in selection.scores if name not in selection.adapters]
+    for name in sorted(not_selected, key=selection.scores.__getitem__, reverse=True)[:others]:
         table.add_row(Text(name), "-", "", f"{selection.scores[name]:.4g}", style="dim")
     return table
 
@@ -107,10 +121,14 @@ def selection_table(selection: Selection, others: int = 0) -> Table:
 def selection_line(selection: Selection, top: int = 3) -> str:
     """`plural 0.31 · reverse 0.22 · 6 more`."""
     rows = list(zip(selection.adapters, selection.weights, strict=True))
-    shown = [f"{name} {weight:.2f}" for name, weight in rows[:top] if _counts(weight)]
-    if rows and not any(_counts(weight) for _, weight in rows):
+    if not rows:
+        return BASE_ALONE
+    if not any(_counts(weight) for _, weight in rows):
         return f"{len(rows)} adapter{'s' * (len(rows) > 1)} with weights below 0.005"
-    return " · ".join(shown + ([f"{len(rows) - len(shown)} more"] if len(rows) > top else [])) or BASE_ALONE
+    parts = [f"{name} {weight:.2f}" for name, weight in rows[:top] if _counts(weight)]
+    if len(rows) > top:
+        parts.append(f"{len(rows) - len(parts)} more")
+    return " · ".join(parts)
 
 
 def weighty(selection: Selection) -> dict[str, float]:

@@ -65,20 +65,27 @@ def forced(adapters: Sequence[str], names: Container[str]) -> dict[str, float]:
     """The mixture that `--adapter NAME=WEIGHT`, several times, names; a name of the pool is not split at its `=`."""
     weights: dict[str, float] = {}
     for entry in adapters:
-        name, _, weight = (entry, "", "1") if entry in names else entry.rpartition("=")
-        try:
-            value = float(weight) if name else 1.0
-        except ValueError:
+        name, weight = _named(entry, names)
+        if name in weights:
             raise UsageError(
-                f"--adapter {entry!r}: expected NAME or NAME=WEIGHT with a number; "
-                f"an adapter of this name is {f'{entry}=1'!r}"
-            ) from None
-        if (name := name or entry) in weights:
-            raise UsageError(
-                f"--adapter {name!r}: given with the weights {weights[name]:g} and {value:g}; give it once"
+                f"--adapter {name!r}: given with the weights {weights[name]:g} and {weight:g}; give it once"
             )
-        weights[name] = value
+        weights[name] = weight
     return weights
+
+
+def _named(entry: str, names: Container[str]) -> tuple[str, float]:
+    """The adapter and the weight in `NAME` or `NAME=WEIGHT`."""
+    name, _, weight = entry.rpartition("=")
+    if entry in names or not name:
+        return entry, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise UsageError(
+            f"--adapter {entry!r}: expected NAME or NAME=WEIGHT with a number; "
+            f"an adapter of this name is {f'{entry}=1'!r}"
+        ) from None
 
 
 def or_demo(options: PoolOptions) -> str:

@@ -28,12 +28,13 @@ def select(
         prompt: One or more prompts.
         json: Print JSON instead.
     """
-    texts, asked = prompts.read(prompt)
+    texts, inputs = prompts.read(prompt)
     with closing(open_engine(engine, or_demo(engine), prompts.probe_text)) as logo:
-        selections = logo.select(asked)
-        k, unsure_below = logo.k, logo.settings.unsure_below
+        selections = logo.select(inputs)
+        k = logo.k
+        unsure_below = logo.settings.unsure_below
     if json:
-        records = [{"prompt": p, **selection.as_dict()} for p, selection in zip(texts, selections, strict=True)]
+        records = [{"prompt": text, **selection.as_dict()} for text, selection in zip(texts, selections, strict=True)]
         print_json(records[0] if len(records) == 1 else records)
         return
     for text, selection in zip(texts, selections, strict=True):

@@ -43,9 +43,9 @@ def serve(
             f"--allow-adapter-changes {server.allow_adapter_changes}: expected a folder, found none; create it first"
         )
     from logo.api.guards import GuardSettings, is_loopback
+    from logo.api.listening import address_of, listening
     from logo.api.logs import configure
     from logo.api.names import read_key_adapters, unmatched
-    from logo.api.listening import address_of, listening
 
     bound = {} if server.key_adapters is None else read_key_adapters(server.key_adapters)
     guards = GuardSettings(
@@ -65,9 +65,9 @@ def serve(
     base_model = or_demo(engine)
     name = server.model_name(base_model)
 
+    from logo.api.names import check_pool
     from logo.serve.app import AppSettings
     from logo.serve.batching import Memory
-    from logo.api.names import check_pool
     from logo.serve.running import serve as run
     from logo.serve.service import Service
 

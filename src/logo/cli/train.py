@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
+from rich.progress import Progress
 from rich.text import Text
 
 from logo.cli.opening import MODEL_DIR, device_of, quiet_transformers
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from logo.training.pool import Trained
 
 TRAINING = Group("Training", sort_key=2)
+# A count of a task's rows -> what it counts.
+REMARKS = {
+    "cut": "prompts were longer than --max-length or the model's context and lost their beginning",
+    "copies": "rows are copies of held-out rows and were not trained on",
+}
 
 
 def train(
@@ -53,20 +59,8 @@ def train(
 
     note("loading the base model")
     quiet_transformers()
-    with progress(disable=not err.is_terminal) as bar:
-        before: dict[str, int] = {}  # steps of the tasks before each one
-        line = bar.add_task("", total=None)
-
-        def planned(steps: Mapping[str, int], done: int) -> None:
-            note(f"adapters to train: {len(steps)}" + (f", {done} trained already" if done else ""))
-            before.update(zip(steps, accumulate(steps.values(), initial=0), strict=False))
-            bar.update(line, total=sum(steps.values()))
-
-        def tell(name: str, step: int, loss: float) -> None:
-            bar.update(line, completed=before[name] + step, description=f"{name} {loss:.3f}")
-            if step == 1 and not err.is_terminal:
-                note(f"training {name}")
-
+    with progress(disable=not err.is_terminal) as bars:
+        shown = _Shown(bars)
         trained = run(
             rows,
             base_model,
@@ -76,14 +70,35 @@ def train(
             overwrite=overwrite,
             device=device_of(device),
             model_dir=MODEL_DIR,
-            planned=planned,
-            tell=tell,
+            planned=shown.planned,
+            tell=shown.step,
         )
     if json:
         print_json({"pool": str(output), **asdict(trained)})
     else:
         _print(output, trained)
     return int(bool(trained.failed))
+
+
+class _Shown:
+    """A bar over the steps of all tasks, or on no terminal a line for each task."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.bar = bars.add_task("", total=None)
+        self.steps_before: dict[str, int] = {}  # each task -> steps of the tasks before it
+
+    def planned(self, steps: Mapping[str, int], done: int) -> None:
+        """Says how many adapters are trained, with these steps at most, and how many are done."""
+        note(f"adapters to train: {len(steps)}" + (f", {done} trained already" if done else ""))
+        self.steps_before = dict(zip(steps, accumulate(steps.values(), initial=0), strict=False))
+        self.bars.update(self.bar, total=sum(steps.values()))
+
+    def step(self, task: str, step: int, loss: float) -> None:
+        """Shows the loss of a step."""
+        self.bars.update(self.bar, completed=self.steps_before[task] + step, description=f"{task} {loss:.3f}")
+        if step == 1 and not err.is_terminal:
+            note(f"training {task}")
 
 
 def _print(output: Path, trained: Trained) -> None:
@@ -96,14 +111,10 @@ def _print(output: Path, trained: Trained) -> None:
     if trained.trained:
         out.print(table)
     for name, record in {**trained.done, **trained.trained}.items():
-        told = {
-            "cut": "prompts were longer than --max-length or the model's context and lost their beginning",
-            "copies": "rows are copies of held-out rows and were not trained on",
-        }
-        for key, words in told.items():
-            if record["rows"][key]:
-                out.print(f"{name}: {record['rows'][key]} {words}", markup=False)
+        for count, words in REMARKS.items():
+            if record["rows"][count]:
+                out.print(f"{name}: {record['rows'][count]} {words}", markup=False)
     for name, reason in trained.failed.items():
         out.print(Text.assemble(("failed ", "red"), (name, "bold"), f": {reason}"))
-    stood = f", {len(trained.done)} stood already" if trained.done else ""
-    out.print(f"{output}: {len(trained.trained)} adapters trained{stood}, {len(trained.failed)} failed", markup=False)
+    done = f", {len(trained.done)} stood already" if trained.done else ""
+    out.print(f"{output}: {len(trained.trained)} adapters trained{done}, {len(trained.failed)} failed", markup=False)

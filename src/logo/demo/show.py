@@ -57,13 +57,14 @@ def answers(logo: LoGo) -> list[Answer]:
 
 def side_by_side(logo: LoGo) -> dict[str, LoGo]:
     """Signal -> an engine that selects by it, for the engine's own signal and those that are always shown."""
-    names = dict.fromkeys([*SIGNALS, logo.settings.signal])
-    return {
-        name: logo
-        if name == logo.settings.signal
-        else type(logo)(logo.model, logo.tokenizer, logo.pool, settings=replace(logo.settings, signal=name))
-        for name in names
-    }
+    engines = {}
+    for signal in dict.fromkeys([*SIGNALS, logo.settings.signal]):
+        if signal == logo.settings.signal:
+            engines[signal] = logo
+        else:
+            settings = replace(logo.settings, signal=signal)
+            engines[signal] = type(logo)(logo.model, logo.tokenizer, logo.pool, settings=settings)
+    return engines
 
 
 def scores(logo: LoGo, rows_per_task: int | None = None, on_task: Callable[[str], None] = print) -> Iterator[TaskScore]:
@@ -88,10 +89,10 @@ def scores(logo: LoGo, rows_per_task: int | None = None, on_task: Callable[[str]
         yield TaskScore(task, len(rows), matches)
 
 
-def average(results: Sequence[TaskScore]) -> dict[str, float]:
+def average(scores: Sequence[TaskScore]) -> dict[str, float]:
     """Mean over tasks of each method's exact match."""
-    methods = results[0].exact_match
-    return {method: sum(r.exact_match[method] for r in results) / len(results) for method in methods}
+    methods = scores[0].exact_match
+    return {method: sum(score.exact_match[method] for score in scores) / len(scores) for method in methods}
 
 
 def _generate(logo: LoGo, prompts: Sequence[str], mixtures: Sequence[Mapping[str, float] | Selection]) -> list[str]:

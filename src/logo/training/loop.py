@@ -16,11 +16,12 @@ from logo.adapters.layout import linear_shape
 from logo.errors import ModelError, NotFinite, UsageError
 from logo.models import device_of, load_base, pick_device
 from logo.training.config import ALL_LINEAR, TrainingConfig
-from logo.training.rows import Example, Task
+from logo.training.rows import TaskRows, TokenizedRow
 
 PASS_TOKENS = 2048  # tokens of a forward pass, padding included; a single row is never cut
 MAX_LOGITS = 2**27  # values of a pass: 0.5 GB in float32, and twice as much again in the backward pass
-_WARMUP, _CLIP = 0.03, 1.0
+_WARMUP = 0.03  # of the steps
+_CLIP = 1.0  # the largest norm of a gradient
 _MEASURED = 10  # times, if there are as many steps
 
 
@@ -101,7 +102,44 @@ class Fitted:
     measured: tuple[Measured, ...]
 
 
-def fit(base: Base, task: Task, config: TrainingConfig, tell: Callable[[int, float], None] = lambda *_: None) -> Fitted:
+@dataclass(frozen=True)
+class Adapted:
+    """A base model in which PEFT has put an adapter, to be trained.
+
+    Attributes:
+        wrapped: PEFT's model.
+        layers: PEFT's layers in it.
+        factors: the adapter's parameters by name: every A and then every B.
+    """
+
+    base: Base
+    wrapped: Any
+    layers: tuple[Any, ...]
+    factors: Mapping[str, nn.Parameter]
+
+    def gradient(self, rows: Sequence[TokenizedRow]) -> tuple[float, float]:
+        """Gives the factors the clipped gradient of the mean loss per token of these rows; that loss, and the norm of
+        the gradient before it was clipped."""
+        tokens = completion_tokens(rows)
+        loss = summed(self.base, self.layers, rows, 1 / tokens) / tokens
+        norm = nn.utils.clip_grad_norm_(self.factors.values(), _CLIP)
+        return loss, float(norm)
+
+    def loss(self, rows: Sequence[TokenizedRow]) -> float:
+        """The mean loss per token of these rows, in nats."""
+        return summed(self.base, self.layers, rows) / completion_tokens(rows)
+
+    def copied(self) -> dict[str, Tensor]:
+        """A copy of the factors as they are now, by the names of PEFT's files."""
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
+        return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def fit(
+    base: Base, task: TaskRows, config: TrainingConfig, tell: Callable[[int, float], None] = lambda *_: None
+) -> Fitted:
     """Trains an adapter; the base model is afterwards as it was before.
 
     Args:
@@ -111,9 +149,8 @@ def fit(base: Base, task: Task, config: TrainingConfig, tell: Callable[[int, flo
         UsageError: the targets of the config cannot be trained.
         NotFinite: a loss, a gradient or a factor is not finite.
     """
-    from peft import get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
-    from transformers import get_scheduler
 
     try:
         wrapped = get_peft_model(base.model, config.lora(base.model))
@@ -123,60 +160,81 @@ def fit(base: Base, task: Task, config: TrainingConfig, tell: Callable[[int, flo
         wrapped.eval()  # no dropout
         layers = {name: module for name, module in base.model.named_modules() if isinstance(module, LoraLayer)}
         _check_targets(base, layers, config)
-        named = ((name, factor) for name, factor in wrapped.named_parameters() if factor.requires_grad)
-        factors = dict(sorted(named, key=lambda one: (".lora_B." in one[0], one[0])))
+        trained = [(name, parameter) for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+        factors = dict(sorted(trained, key=lambda named: (".lora_B." in named[0], named[0])))
         _initialise(factors, f"{config.seed} {task.name}")
-        optimizer = torch.optim.AdamW(factors.values(), lr=config.lr, weight_decay=0.0, fused=True)
-        steps = config.length(len(task.learned))
-        schedule = get_scheduler("cosine", optimizer, round(_WARMUP * steps), steps)
-        count = min(_MEASURED, steps)
-        measured_at = {round(steps * (number + 1) / count) for number in range(count)}
-        measured: list[Measured] = []
-        recent: list[tuple[float, int]] = []  # loss and completion tokens of each step since the last measurement
-        best, kept = Measured(0, math.inf, math.inf), dict[str, Tensor]()
-        for step in range(1, steps + 1):
-            batch = task.batch(step - 1, config)
-            tokens = sum(row.completion for row in batch)
-            optimizer.zero_grad()
-            loss = summed(base, layers.values(), batch, 1 / tokens) / tokens
-            norm = nn.utils.clip_grad_norm_(factors.values(), _CLIP)
-            _check_finite(step, "loss", loss)
-            _check_finite(step, "gradient", float(norm))
-            optimizer.step()
-            schedule.step()
-            recent.append((loss, tokens))
-            tell(step, loss)
-            if step not in measured_at:
-                continue
-            held_out = None
-            if task.held_out:
-                tokens = sum(row.completion for row in task.held_out)
-                held_out = summed(base, layers.values(), task.held_out) / tokens
-                _check_finite(step, "held-out loss", held_out)
-            train = sum(loss * tokens for loss, tokens in recent) / sum(tokens for _, tokens in recent)
-            recent.clear()
-            measured.append(Measured(step, train, held_out))
-            if measured[-1].better(best):
-                best = measured[-1]
-                found = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-                kept = {name: tensor.detach().clone() for name, tensor in found.items()}
-                _check_finite(step, "sum of factors", sum(float(tensor.sum()) for tensor in kept.values()))
-            if config.patience and sum(one.step > best.step for one in measured) >= config.patience:
-                break
-        return Fitted(kept, wrapped.peft_config["default"], step, step < steps, best, tuple(measured))
+        return _optimised(Adapted(base, wrapped, tuple(layers.values()), factors), task, config, tell)
     finally:
         wrapped.unload()
 
 
+def _optimised(adapted: Adapted, task: TaskRows, config: TrainingConfig, tell: Callable[[int, float], None]) -> Fitted:
+    """Takes the steps of a training, measures, and keeps the factors of the best measurement."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.AdamW(adapted.factors.values(), lr=config.lr, weight_decay=0.0, fused=True)
+    steps = config.length(len(task.learned))
+    schedule = get_scheduler("cosine", optimizer, round(_WARMUP * steps), steps)
+    measured_at = _measured_at(steps)
+    measurements: list[Measured] = []
+    best = Measured(0, math.inf, math.inf)
+    best_factors: dict[str, Tensor] = {}
+    # Of the steps since the last measurement.
+    nats = 0.0
+    tokens = 0
+    for step in range(1, steps + 1):
+        batch = task.batch(step - 1, config)
+        optimizer.zero_grad()
+        loss, norm = adapted.gradient(batch)
+        _check_finite(step, "loss", loss)
+        _check_finite(step, "gradient", norm)
+        optimizer.step()
+        schedule.step()
+        nats += loss * completion_tokens(batch)
+        tokens += completion_tokens(batch)
+        tell(step, loss)
+        if step not in measured_at:
+            continue
+        held_out = None
+        if task.held_out:
+            held_out = adapted.loss(task.held_out)
+            _check_finite(step, "held-out loss", held_out)
+        measurement = Measured(step, nats / tokens, held_out)
+        measurements.append(measurement)
+        nats = 0.0
+        tokens = 0
+        if measurement.better(best):
+            best = measurement
+            best_factors = adapted.copied()
+            _check_finite(step, "sum of factors", sum(float(tensor.sum()) for tensor in best_factors.values()))
+        since_best = sum(measurement.step > best.step for measurement in measurements)
+        if config.patience and since_best >= config.patience:
+            break
+    peft_config = adapted.wrapped.peft_config["default"]
+    return Fitted(best_factors, peft_config, step, step < steps, best, tuple(measurements))
+
+
+def _measured_at(steps: int) -> set[int]:
+    """The steps after which losses are measured; the last one is among them."""
+    count = min(_MEASURED, steps)
+    return {round(steps * (number + 1) / count) for number in range(count)}
+
+
+def completion_tokens(rows: Sequence[TokenizedRow]) -> int:
+    """The number of tokens that the loss of these rows covers."""
+    return sum(row.completion for row in rows)
+
+
 def _check_targets(base: Base, layers: Mapping[str, Any], config: TrainingConfig) -> None:
     """Raises UsageError for layers that cannot be trained here, or mixed afterwards, and names that match none."""
-    for asked in () if config.names == [ALL_LINEAR] else config.names:
-        if not any(f".{name}".endswith(f".{asked}") for name in layers):
-            raise UsageError(f"targets {config.targets}: no module of the base model is called {asked}; leave it out")
+    targets = [] if config.names == [ALL_LINEAR] else config.names
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise UsageError(f"targets {config.targets}: no module of the base model is called {target}; leave it out")
     for name, layer in layers.items():
         if layer is base.head or linear_shape(layer.get_base_layer()) is None:
-            what = "the output head" if layer is base.head else "not a linear module"
-            raise UsageError(f"targets {config.targets}: {name} is {what}, which cannot be trained here; leave it out")
+            kind = "the output head" if layer is base.head else "not a linear module"
+            raise UsageError(f"targets {config.targets}: {name} is {kind}, which cannot be trained here; leave it out")
 
 
 def _check_finite(step: int, name: str, value: float) -> None:
@@ -194,20 +252,22 @@ def _initialise(factors: Mapping[str, nn.Parameter], seed: str) -> None:
                 factor.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
 
 
-def passes(rows: Sequence[Example], vocabulary: int) -> list[list[Example]]:
+def passes(rows: Sequence[TokenizedRow], vocabulary: int) -> list[list[TokenizedRow]]:
     """The rows, longest first, in forward passes within the limits."""
-    parts: list[list[Example]] = []
+    filled: list[list[TokenizedRow]] = []
     for row in sorted(rows, key=len, reverse=True):
-        more = [*parts[-1], row] if parts else []
-        logits = sum(one.completion for one in more) * vocabulary
-        if more and len(more) * len(more[0]) <= PASS_TOKENS and logits <= MAX_LOGITS:
-            parts[-1] = more
-        else:
-            parts.append([row])
-    return parts
+        if filled:
+            joined = [*filled[-1], row]
+            padded_tokens = len(joined) * len(joined[0])
+            logits = completion_tokens(joined) * vocabulary
+            if padded_tokens <= PASS_TOKENS and logits <= MAX_LOGITS:
+                filled[-1] = joined
+                continue
+        filled.append([row])
+    return filled
 
 
-def summed(base: Base, layers: Collection[Any], rows: Sequence[Example], weight: float | None = None) -> float:
+def summed(base: Base, layers: Collection[Any], rows: Sequence[TokenizedRow], weight: float | None = None) -> float:
     """The negative log likelihood of all completion tokens of these rows, in nats.
 
     Args:
@@ -215,20 +275,20 @@ def summed(base: Base, layers: Collection[Any], rows: Sequence[Example], weight:
         weight: if given, the gradient of this many times the sum is added to that of the adapter's parameters.
     """
     total = 0.0
-    for part in passes(rows, base.vocabulary):
-        length = len(part[0]) - 1  # the longest; a row's last token is only predicted, never read
-        ids = torch.zeros(len(part), length, dtype=torch.int64)
-        mask = torch.zeros(len(part), length, dtype=torch.int64)
+    for batch in passes(rows, base.vocabulary):
+        length = len(batch[0]) - 1  # the longest; a row's last token is only predicted, never read
+        ids = torch.zeros(len(batch), length, dtype=torch.int64)
+        mask = torch.zeros(len(batch), length, dtype=torch.int64)
         positions: list[int] = []
-        for number, row in enumerate(part):
+        for number, row in enumerate(batch):
             ids[number, : len(row) - 1] = torch.tensor(row.ids[:-1])
             mask[number, : len(row) - 1] = 1
             positions += range(number * length + row.prompt - 1, number * length + len(row) - 1)
-        targets = torch.tensor([token for row in part for token in row.ids[row.prompt :]])
+        targets = torch.tensor([token for row in batch for token in row.ids[row.prompt :]])
         inputs = {"input_ids": ids.to(base.device), "attention_mask": mask.to(base.device), "use_cache": False}
         with (
             torch.set_grad_enabled(weight is not None),
-            acting_from(layers, [row.begin for row in part], length),
+            acting_from(layers, [row.begin for row in batch], length),
             logits_at(base.head, torch.tensor(positions)),
         ):
             logits = base.model(**inputs).logits
@@ -250,7 +310,7 @@ def acting_from(layers: Collection[Any], begins: Sequence[int], length: int) -> 
     def masked(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output.masked_fill(before.reshape(*output.shape[:-1], 1).to(output.device), 0.0)
 
-    handles = [part.register_forward_hook(masked) for layer in layers for part in layer.lora_B.values()]
+    handles = [up.register_forward_hook(masked) for layer in layers for up in layer.lora_B.values()]
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
     POOL/<task>/adapter_config.json, adapter_model.safetensors     in PEFT's format
                 logo.yaml          what it was made from (config, digests of rows and base model) and its losses
-                examples.jsonl     example prompts
+                examples.jsonl     example prompts (.old: of an adapter of something else that was replaced)
                 pool.json          where it acts, if its configuration cannot say so
 
 A folder of an adapter is written whole or not at all, so a run that was killed continues with the next task.
@@ -10,6 +10,7 @@ A folder of an adapter is written whole or not at all, so a run that was killed 
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +30,9 @@ from logo.identity import file_sha256, library_versions, weights_digest
 from logo.models import context_length
 from logo.training.config import TrainingConfig
 from logo.training.loop import Base, Fitted, fit
-from logo.training.rows import Task, read_task, task_files
+from logo.training.rows import TaskRows, read_task, task_files
+
+EARLIER_PROMPTS = f"{EXAMPLES}.old"  # those of an adapter that was replaced
 
 Record = Mapping[str, Any]
 
@@ -69,8 +72,9 @@ def train(
         base_model, device, model_dir: as `logo.models.load_base`.
         out: folder of the pool.
         tasks: names or patterns of tasks, separated by commas; empty: all.
-        overwrite: replace adapters that were made from something else, with all that stands beside them. Another number
-            of example prompts needs no training: it is only their file that is written again, unless it was changed.
+        overwrite: replace adapters that were made from something else. Another number of example prompts needs no
+            training: it is only their file that is written again, unless it was changed. Example prompts that were
+            given by hand stay; those of an adapter that was not trained for this task are moved aside.
         planned: called with the tasks to train and their steps at most, and the number of adapters that stand already.
         tell: called with a task, its steps so far and the loss, after each step.
 
@@ -84,64 +88,122 @@ def train(
     config = config or TrainingConfig()
     files = task_files(rows, tasks)
     base = Base.load(base_model, device, model_dir)
-    of_base = {"weights": weights_digest(base.model), "dtype": str(base.model.dtype).removeprefix("torch.")}
     versions = {**library_versions(), "peft": peft.__version__}
+    jobs, failed = _jobs(files, base, out, config)
+    for job in jobs:
+        if job.difference and not overwrite:
+            raise UsageError(f"{job.folder}: {job.difference}; name another --out, or replace it with --overwrite")
+    done = {job.name: _with_prompts(job, config) for job in jobs if job.is_done}
+    to_train = [job for job in jobs if not job.is_done]
+    planned({job.name: config.length(len(job.task.learned)) for job in to_train}, len(done))
     trained: dict[str, Record] = {}
-    done: dict[str, Record] = {}
-    failed: dict[str, str] = {}
-    todo: dict[str, tuple[Task, dict[str, Any]]] = {}
-    other_prompts: dict[str, Sequence[str]] = {}
-    own: set[str] = set()  # whose example prompts are others than training has written, and stay
+    for job in to_train:
+        try:
+            fitted = fit(base, job.task, config, partial(tell, job.name))
+        except NotFinite as error:
+            failed[job.name] = str(error)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed[job.name] = f"{base.device} has too little memory; give a smaller --max-length or --batch-size"
+        else:
+            record = {"base_model": base_model, **job.made_from, "result": _result(fitted), "versions": versions}
+            _write(job, base_model, fitted, record)
+            trained[job.name] = record
+    return Trained(trained, done, failed)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter to make, and what stands in its folder.
+
+    Attributes:
+        task: its rows.
+        made_from: what its adapter is made from, as `logo.yaml` records it.
+        standing: what the adapter that stands there was made from; empty if it was not trained here, None if there is
+            none.
+        difference: why that is not the adapter that is to be made, in words; empty if it is, or if there is none.
+        own_prompts: whether example prompts stand there that training has not written.
+    """
+
+    folder: Path
+    task: TaskRows
+    made_from: Record
+    standing: Record | None
+    difference: str
+    own_prompts: bool
+
+    @property
+    def name(self) -> str:
+        """Of the task and of its adapter."""
+        return self.task.name
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the adapter that is to be made stands there already."""
+        return self.standing is not None and not self.difference
+
+    @property
+    def prompts_stay(self) -> bool:
+        """Whether the example prompts there were given by hand, for an adapter of this task or before there was one.
+        Those of an adapter of another task, or of nobody knows what, would select the new adapter for the prompts of
+        the old one."""
+        if not self.own_prompts or self.standing is None:
+            return self.own_prompts
+        if not self.standing:
+            return False
+        return f"/{Path(self.standing['rows']['file']).with_suffix('').as_posix()}".endswith(f"/{self.name}")
+
+
+def _jobs(files: Mapping[str, Path], base: Base, out: Path, config: TrainingConfig) -> tuple[list[Job], dict[str, str]]:
+    """The adapters to make from these files, and why others of the files cannot be read."""
+    about_base = {"weights": weights_digest(base.model), "dtype": str(base.model.dtype).removeprefix("torch.")}
+    jobs: list[Job] = []
+    unreadable: dict[str, str] = {}
     for name, file in files.items():
         try:
             task = read_task(name, file, base.tokenizer, config, context_length(base.model))
         except (DataError, StorageError) as error:
-            failed[name] = str(error)
+            unreadable[name] = str(error)
             continue
-        made_from = {"config": asdict(config), "base": of_base, "rows": _facts(task, file)}
+        made_from = {"config": asdict(config), "base": about_base, "rows": _facts(task, file)}
         standing = _standing(out / name)
-        difference, there = "" if standing is None else _difference(standing, made_from), out / name / EXAMPLES
-        if there.exists() and (standing or {}).get("examples_sha256") != file_sha256(there):
-            own.add(name)
-        if difference and not overwrite:
-            raise UsageError(f"{out / name}: {difference}; name another --out, or replace it with --overwrite")
-        if standing is None or difference:
-            todo[name] = task, made_from
-        else:
-            done[name] = standing
-            before = standing["config"].get("examples", 0)
-            if before == config.examples:
-                continue
-            if name in own:
-                warnings.warn(
-                    f"{there}: expected the {before} prompts that training wrote, found others, which stay; remove "
-                    f"the file to have {config.examples} of the rows' prompts",
-                    UserWarning,
-                    stacklevel=2,
-                )
-            else:
-                done[name] = {**standing, "config": {**standing["config"], "examples": config.examples}}
-                other_prompts[name] = task.prompts
-    for name, prompts in other_prompts.items():
-        with new_folder(out / name, replaced=(EXAMPLES,)) as new:
-            _write_notes(new, done[name], prompts)
-    planned({name: config.length(len(task.learned)) for name, (task, _) in todo.items()}, len(done))
-    for name, (task, made_from) in todo.items():
-        try:
-            fitted = fit(base, task, config, partial(tell, name))
-        except NotFinite as error:
-            failed[name] = str(error)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            failed[name] = f"{base.device} has too little memory; give a smaller --max-length or --batch-size"
-        else:
-            trained[name] = {"base_model": base_model, **made_from, "result": _result(fitted), "versions": versions}
-            _write(out / name, base_model, task, fitted, trained[name], None if name in own else task.prompts)
-    return Trained(trained, done, failed)
+        prompts = out / name / EXAMPLES
+        jobs.append(
+            Job(
+                out / name,
+                task,
+                made_from,
+                standing,
+                difference="" if standing is None else _difference(standing, made_from),
+                own_prompts=prompts.exists() and (standing or {}).get("examples_sha256") != file_sha256(prompts),
+            )
+        )
+    return jobs, unreadable
 
 
-def _facts(task: Task, file: Path) -> dict[str, Any]:
+def _with_prompts(job: Job, config: TrainingConfig) -> Record:
+    """The record of an adapter that is done, with as many example prompts beside it as the config says, unless others
+    than training has written are there."""
+    record: Record = job.standing or {}
+    before = record["config"].get("examples", 0)
+    if before == config.examples:
+        return record
+    if job.own_prompts:
+        warnings.warn(
+            f"{job.folder / EXAMPLES}: expected the {before} prompts that training wrote, found others, which stay; "
+            f"remove the file to have {config.examples} of the rows' prompts",
+            UserWarning,
+            stacklevel=3,
+        )
+        return record
+    changed = {**record, "config": {**record["config"], "examples": config.examples}}
+    with new_folder(job.folder, replaced=(EXAMPLES,)) as new:
+        _write_notes(new, changed, job.task.prompts)
+    return changed
+
+
+def _facts(task: TaskRows, file: Path) -> dict[str, Any]:
     counts = {"learned": len(task.learned), "held_out": len(task.held_out), "copies": task.copies, "cut": task.cut}
     return {"file": str(file), "sha256": task.sha256, **counts}
 
@@ -154,7 +216,7 @@ def _result(fitted: Fitted) -> dict[str, Any]:
         "best_step": best.step,
         "train_loss": round(best.train, 6),
         "held_out_loss": None if best.held_out is None else round(best.held_out, 6),
-        "measured": [asdict(one) for one in fitted.measured],
+        "measured": [asdict(measurement) for measurement in fitted.measured],
     }
 
 
@@ -163,48 +225,59 @@ def _standing(folder: Path) -> Record | None:
     if not (folder / CONFIG).is_file():
         return None
     try:
-        found = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
+        record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise StorageError(f"{folder / RECORD}: cannot be read ({said}); remove it, and give --overwrite") from error
-    return found if isinstance(found, dict) and {"config", "base", "rows"} <= found.keys() else {}
+        reason = " ".join(str(error).split())
+        raise StorageError(f"{folder / RECORD}: cannot be read ({reason}); remove it, and give --overwrite") from error
+    return record if isinstance(record, dict) and {"config", "base", "rows"} <= record.keys() else {}
 
 
-def _difference(standing: Record, wanted: Record) -> str:
-    """Why a standing adapter is not the one that is wanted, in words; empty if it is."""
+def _difference(standing: Record, made_from: Record) -> str:
+    """Why a standing adapter is not the one that would be made, in words; empty if it is."""
     if not standing:
         return "holds an adapter that was not trained here"
-    for name, value in wanted["config"].items():
-        was = standing["config"].get(name)
-        if was != value and name != "examples":
-            return f"was trained with {name} {was}, and {value} is asked for"
-    if standing["base"] != wanted["base"]:
+    for name, value in made_from["config"].items():
+        before = standing["config"].get(name)
+        if before != value and name != "examples":
+            return f"was trained with {name} {before}, and {value} is asked for"
+    if standing["base"] != made_from["base"]:
         return "was trained on another base model, or in another dtype"
-    return "was trained from other rows" if standing["rows"]["sha256"] != wanted["rows"]["sha256"] else ""
+    return "was trained from other rows" if standing["rows"]["sha256"] != made_from["rows"]["sha256"] else ""
 
 
-def _write(
-    folder: Path, base_model: str, task: Task, fitted: Fitted, record: Record, prompts: Sequence[str] | None
-) -> None:
-    """Writes an adapter, its record and its example prompts (None: others stay), completely or not at all."""
-    fitted.config.base_model_name_or_path, fitted.config.inference_mode = base_model, True
+def _write(job: Job, base_model: str, fitted: Fitted, record: Record) -> None:
+    """Writes an adapter, its record and its example prompts, completely or not at all. Prompts of an adapter of
+    something else are kept under another name."""
+    folder = job.folder
+    task = job.task
+    fitted.config.base_model_name_or_path = base_model
+    fitted.config.inference_mode = True
     fitted.config.alora_invocation_tokens = list(task.invocation) or None
     # Sets in one order in every process.
     values = {
         name: sorted(value) if isinstance(value, set) else value for name, value in fitted.config.to_dict().items()
     }
-    activation = record["config"]["activation"]
-    note = activation_note(folder, Activation(task.invocation) if task.invocation else Activation.parse(activation))
-    with new_folder(folder, replaced=(NOTES,) if prompts is None else (EXAMPLES, NOTES)) as new:
+    activation = Activation(task.invocation) if task.invocation else Activation.parse(record["config"]["activation"])
+    note = activation_note(folder, activation)
+    replaced = [NOTES] if job.prompts_stay else [NOTES, EXAMPLES]
+    with new_folder(folder, replaced=replaced) as new:
         save_adapter(new, {name: tensor.cpu() for name, tensor in fitted.tensors.items()}, values, note)
-        _write_notes(new, record, prompts or ())
+        _write_notes(new, record, () if job.prompts_stay else task.prompts)
+        if job.own_prompts and not job.prompts_stay:
+            shutil.copyfile(folder / EXAMPLES, new / EARLIER_PROMPTS)
+            warnings.warn(
+                f"{folder}: the example prompts there were those of the adapter that is replaced; they are kept in "
+                f"{EARLIER_PROMPTS}, which is not used",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _write_notes(folder: Path, record: Record, prompts: Sequence[str]) -> None:
     """Writes what an adapter was made from, and its example prompts, if it has some."""
-    found = {**record, "examples_sha256": examples_sha256(prompts) if prompts else None}
-    (folder / RECORD).write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
+    content = {**record, "examples_sha256": examples_sha256(prompts) if prompts else None}
+    (folder / RECORD).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     if prompts:
         (folder / EXAMPLES).write_bytes(examples_text(prompts))

@@ -31,8 +31,8 @@ SUFFIXES = (".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
-class Example:
-    """One row.
+class TokenizedRow:
+    """One row as tokens.
 
     Attributes:
         ids: tokens of the prompt and of the completion.
@@ -54,7 +54,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskRows:
     """The rows of one adapter, ready to be trained on.
 
     Attributes:
@@ -68,8 +68,8 @@ class Task:
     """
 
     name: str
-    learned: tuple[Example, ...]
-    held_out: tuple[Example, ...] = ()
+    learned: tuple[TokenizedRow, ...]
+    held_out: tuple[TokenizedRow, ...] = ()
     copies: int = 0
     cut: int = 0
     invocation: tuple[int, ...] = ()
@@ -81,11 +81,12 @@ class Task:
         parts = (("learned", self.learned), ("held_out", self.held_out))
         return fingerprint({name: [[row.prompt, row.begin, *row.ids] for row in rows] for name, rows in parts})
 
-    def batch(self, step: int, config: TrainingConfig) -> list[Example]:
+    def batch(self, step: int, config: TrainingConfig) -> list[TokenizedRow]:
         """The rows of a step, from 0: each epoch has all of them in another order."""
-        epoch, place = divmod(step, math.ceil(len(self.learned) / config.batch_size))
+        epoch, batch = divmod(step, math.ceil(len(self.learned) / config.batch_size))
         order = _shuffled(len(self.learned), f"{config.seed} {self.name} {epoch}")
-        return [self.learned[row] for row in order[place * config.batch_size : (place + 1) * config.batch_size]]
+        start = batch * config.batch_size
+        return [self.learned[row] for row in order[start : start + config.batch_size]]
 
 
 @lru_cache(1)
@@ -106,27 +107,31 @@ def task_files(folder: Path, only: str = "") -> dict[str, Path]:
         UsageError: a requested task does not exist.
     """
     if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise DataError(f"tasks folder {str(folder)!r}: expected a folder with TASK.jsonl files, found {found}")
-    parts = [path.relative_to(folder) for path in row_files(folder)]
+        kind = "a file" if folder.exists() else "nothing"
+        raise DataError(f"tasks folder {str(folder)!r}: expected a folder with TASK.jsonl files, found {kind}")
+    paths = [path.relative_to(folder) for path in row_files(folder)]
     files: dict[str, Path] = {}
-    for part in (part for part in parts if part.suffix in SUFFIXES):
-        other = files.setdefault(part.with_suffix("").as_posix(), folder / part)
-        if other != folder / part:
-            raise DataError(f"{other} and {folder / part} are two files of one task; rename or merge them")
+    for path in paths:
+        if path.suffix not in SUFFIXES:
+            continue
+        file = folder / path
+        first = files.setdefault(path.with_suffix("").as_posix(), file)
+        if first != file:
+            raise DataError(f"{first} and {file} are two files of one task; rename or merge them")
     if not files:
-        found = listed(list(map(str, parts))) or "none"
-        raise DataError(f"tasks folder {str(folder)!r}: expected files TASK.jsonl or TASK.csv, found {found}")
-    if not only and (left := unread(folder, files.values())):
+        names = listed(list(map(str, paths))) or "none"
+        raise DataError(f"tasks folder {str(folder)!r}: expected files TASK.jsonl or TASK.csv, found {names}")
+    ignored = [] if only else unread(folder, files.values())
+    if ignored:
         where = "rows are in files TASK.jsonl or TASK.csv"
-        warnings.warn(f"{folder}: {listed(left)} not read: {where}", UserWarning, stacklevel=2)
-    wanted = requested(only, files, lambda name: UsageError(f"task {name!r}: not found{closest(name, files)}"))
-    return {name: file for name, file in files.items() if name in wanted}
+        warnings.warn(f"{folder}: {listed(ignored)} not read: {where}", UserWarning, stacklevel=2)
+    tasks = requested(only, files, lambda name: UsageError(f"task {name!r}: not found{closest(name, files)}"))
+    return {name: file for name, file in files.items() if name in tasks}
 
 
 def read_task(
     name: str, file: Path, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, context: int | None = None
-) -> Task:
+) -> TaskRows:
     """Reads the rows of a task.
 
     Args:
@@ -137,28 +142,37 @@ def read_task(
         StorageError: the file cannot be read.
     """
     rows = list(_csv(file)) if file.suffix == ".csv" else read_rows(file)
-    most = config.max_length if context is None else min(config.max_length, context)
-    found, cut = list[Example](), 0
+    longest = config.max_length if context is None else min(config.max_length, context)
+    tokenized: list[TokenizedRow] = []
+    cut = 0
     invocation: tuple[int, ...] = ()
     for number, row in enumerate(rows, start=1):
         try:
             whole = encoded(tokenizer, row)
-            one = shortened(tokenizer, whole, most)
+            short = shortened(tokenizer, whole, longest)
+            prompt = short.ids[: short.prompt]
             if config.activation == ASSISTANT:
                 invocation = invocation or opening(tokenizer, row)
-                begin = last_occurrence(one.ids[: one.prompt], invocation)
+                begin = last_occurrence(prompt, invocation)
                 if begin is None:
                     raise DataError("its chat template opens the assistant's turn in another way than in row 1")
             else:
-                begin = Activation.parse(config.activation).begin(one.ids[: one.prompt]) or 0
+                begin = Activation.parse(config.activation).begin(prompt) or 0
         except LoGoError as error:
             raise DataError(f"{file}, row {number}: {error}") from error
-        cut += len(one) < len(whole)
-        found.append(replace(one, begin=begin))
-    asked = (asked_text(row.messages) if row.messages else row.context for row in rows[: config.examples])
-    learned, held_out = split(name, config, found)
-    copies = len(rows) - len(learned) - len(held_out)
-    return Task(name, learned, held_out, copies, cut, invocation, tuple(text for text in asked if text))
+        cut += len(short) < len(whole)
+        tokenized.append(replace(short, begin=begin))
+    learned, held_out = split(name, config, tokenized)
+    prompts = [asked_text(row.messages) if row.messages else row.context for row in rows[: config.examples]]
+    return TaskRows(
+        name,
+        learned,
+        held_out,
+        copies=len(rows) - len(learned) - len(held_out),
+        cut=cut,
+        invocation=invocation,
+        prompts=tuple(prompt for prompt in prompts if prompt),
+    )
 
 
 def _csv(file: Path) -> Iterator[Row]:
@@ -183,7 +197,7 @@ def _csv(file: Path) -> Iterator[Row]:
         raise StorageError(f"{file}: cannot be read ({error.strerror or error})") from error
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
+def encoded(tokenizer: PreTrainedTokenizerBase, row: Row) -> TokenizedRow:
     """A row as tokens.
 
     A text ends with the tokenizer's end token, so that the adapter learns where to stop. An answer in a conversation
@@ -197,33 +211,35 @@ def encoded(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     written = None
     if row.messages:
-        asked = chat(tokenizer, row.messages)
-        prompt, text = list(asked.ids), asked.text or ""
+        conversation = chat(tokenizer, row.messages)
+        prompt = list(conversation.ids)
+        text = conversation.text or ""
         written = written_answer(tokenizer, row.messages, text, row.golds[0])
     else:
-        prompt, text = text_ids(tokenizer, row.context), row.context
+        prompt = text_ids(tokenizer, row.context)
+        text = row.context
     answer = spaced(text, row.golds[0]) if written is None else written.rstrip()
     completion = answer_ids(tokenizer, answer)
     if written is not None and end and end[0] in completion:
         completion = completion[: len(completion) - completion[::-1].index(end[0])]
     else:
         completion = completion + end
-    for what, ids in (("prompt", prompt), ("completion", completion)):
-        if not ids:
-            raise DataError(f"the {what} has no tokens; fix or delete the row")
-    return Example((*prompt, *completion), len(prompt))
+    if not prompt or not completion:
+        empty = "completion" if prompt else "prompt"
+        raise DataError(f"the {empty} has no tokens; fix or delete the row")
+    return TokenizedRow((*prompt, *completion), len(prompt))
 
 
-def shortened(tokenizer: PreTrainedTokenizerBase, row: Example, most: int) -> Example:
-    """A row of at most `most` tokens, whose prompt loses its beginning; DataError if the completion has no room."""
-    room = most - row.completion
+def shortened(tokenizer: PreTrainedTokenizerBase, row: TokenizedRow, longest: int) -> TokenizedRow:
+    """A row of at most `longest` tokens, whose prompt loses its beginning; DataError if the completion has no room."""
+    room = longest - row.completion
     if room < 1:
         raise DataError(
-            f"the completion has {row.completion} tokens, and a row may have {most} with its prompt (--max-length, and "
-            "no more than the base model reads); shorten it"
+            f"the completion has {row.completion} tokens, and a row may have {longest} with its prompt (--max-length, "
+            "and no more than the base model reads); shorten it"
         )
     prompt = cut_left(tokenizer, row.ids[: row.prompt], room)
-    return Example((*prompt, *row.ids[row.prompt :]), len(prompt))
+    return TokenizedRow((*prompt, *row.ids[row.prompt :]), len(prompt))
 
 
 def opening(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[int, ...]:
@@ -233,27 +249,31 @@ def opening(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[int, ...]:
         DataError: the row is no conversation, or the template writes nothing there.
     """
     text = ""
+    ids: Sequence[int] = ()
     if row.messages and tokenizer.chat_template:
-        asked, before = chat(tokenizer, row.messages), conversation_text(tokenizer, row.messages)
-        text = (asked.text or "").removeprefix(before).strip() if (asked.text or "").startswith(before) else ""
+        prompt = chat(tokenizer, row.messages)
+        ids = prompt.ids
+        conversation = conversation_text(tokenizer, row.messages)
+        if prompt.text and prompt.text.startswith(conversation):
+            text = prompt.text.removeprefix(conversation).strip()
     if not text:
         raise DataError(
             f"activation {ASSISTANT}: expected a conversation (messages) and a chat template that opens the "
             "assistant's turn, found none; give --activation last:4"
         )
     # The tokens are read from the prompt, because tokenisation depends on the neighbouring text.
-    tails = (asked.ids[-count:] for count in range(1, len(asked.ids) + 1))
+    tails = (tuple(ids[-count:]) for count in range(1, len(ids) + 1))
     return next(tail for tail in tails if text in tokenizer.decode(list(tail), clean_up_tokenization_spaces=False))
 
 
 def split(
-    name: str, config: TrainingConfig, rows: Sequence[Example]
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    name: str, config: TrainingConfig, rows: Sequence[TokenizedRow]
+) -> tuple[tuple[TokenizedRow, ...], tuple[TokenizedRow, ...]]:
     """The rows to learn from, without copies of held-out rows, and those that are held out. Where nothing else
     remained, none is held out."""
     order = _shuffled(len(rows), f"{config.seed} {name} held out")
     count = config.held_out_rows(len(rows))
-    held_out = tuple(rows[place] for place in sorted(order[:count]))
+    held_out = tuple(rows[index] for index in sorted(order[:count]))
     copied = set(held_out)
-    learned = tuple(row for place in sorted(order[count:]) if (row := rows[place]) not in copied)
+    learned = tuple(rows[index] for index in sorted(order[count:]) if rows[index] not in copied)
     return (learned, held_out) if learned else (tuple(rows), ())

@@ -46,24 +46,24 @@ def calibrate(*, json: bool = False, pool: PoolOptions = PoolOptions()) -> None:
         return
     if calibration.ranking:
         out.print(_table(calibration))
-    known = len(logo.names) - calibration.measured
+    read_from_cache = len(logo.names) - calibration.measured
     note(
         f"{len(logo.names)} adapters at {len(calibration.points)} points in {calibration.seconds:.1f} s "
-        f"({calibration.measured} calibrated now, {known} known already)"
+        f"({calibration.measured} calibrated now, {read_from_cache} known already)"
     )
     if sizes is None:
-        said = f"unknown (the base model's weights are quantised or not at hand); each counts as {USUAL_SIZE}"
+        summary = f"unknown (the base model's weights are quantised or not at hand); each counts as {USUAL_SIZE}"
     else:
-        said = f"{fmean(sizes.values()):.3f} on average, {min(sizes.values()):.3f} to {max(sizes.values()):.3f}"
-    note(f"size of the adapters: {said}")
+        summary = f"{fmean(sizes.values()):.3f} on average, {min(sizes.values()):.3f} to {max(sizes.values()):.3f}"
+    note(f"size of the adapters: {summary}")
 
 
 def _table(calibration: Calibration) -> Table:
     table = plain_table("point", ">contrast", "", "read")
-    most = max((value for _, value in calibration.ranking), default=0.0) or 1.0
-    for point, value in calibration.ranking:
-        read = "✓" if point in calibration.points else ""
-        table.add_row(Text(point.name), f"{value:.2f}", Bar(most, 0, value, width=BAR, color="cyan"), read)
+    largest = max((contrast for _, contrast in calibration.ranking), default=0.0) or 1.0
+    for point, contrast in calibration.ranking:
+        bar = Bar(largest, 0, contrast, width=BAR, color="cyan")
+        table.add_row(Text(point.name), f"{contrast:.2f}", bar, "✓" if point in calibration.points else "")
     return table
 
 
@@ -72,7 +72,7 @@ def _report(logo: LoGo, calibration: Calibration, sizes: Mapping[str, float] | N
         "signal": logo.settings.signal,
         "adapters": list(logo.names),
         "points": [point.name for point in calibration.points],
-        "ranking": [{"point": point.name, "contrast": value} for point, value in calibration.ranking],
+        "ranking": [{"point": point.name, "contrast": contrast} for point, contrast in calibration.ranking],
         "measured": calibration.measured,
         "sizes": sizes,
         "seconds": calibration.seconds,

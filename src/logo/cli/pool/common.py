@@ -19,7 +19,8 @@ def divided(
     adapters: Iterable[Adapter], check: Callable[[Adapter], object]
 ) -> tuple[list[Adapter], list[AdapterError]]:
     """The adapters that pass a check, and the errors of the others."""
-    good, bad = list[Adapter](), list[AdapterError]()
+    good: list[Adapter] = []
+    bad: list[AdapterError] = []
     for adapter in adapters:
         try:
             check(adapter)
@@ -39,16 +40,16 @@ def fitting(base_model: str) -> Callable[[Adapter], object]:
 
 def tell_refused(refused: Iterable[AdapterError]) -> None:
     """Prints the adapters that were left out, with reasons, to stderr."""
-    for bad in refused:
-        err.print(refusal(bad))
+    for error in refused:
+        err.print(refusal(error))
 
 
-def refusal(bad: AdapterError) -> Text:
+def refusal(error: AdapterError) -> Text:
     """Which adapter is not in the pool, and why, in a line."""
-    told = ("left out ", "yellow") if isinstance(bad, LeftOut) else ("refused ", "red")
-    return Text.assemble(told, (bad.name, "bold"), f": {bad.reason}")
+    verb = ("left out ", "yellow") if isinstance(error, LeftOut) else ("refused ", "red")
+    return Text.assemble(verb, (error.name, "bold"), f": {error.reason}")
 
 
 def refusals(refused: Iterable[AdapterError]) -> list[dict[str, Any]]:
     """Refused adapters and the reasons, for JSON."""
-    return [{"name": bad.name, "reason": bad.reason} for bad in refused]
+    return [{"name": error.name, "reason": error.reason} for error in refused]

@@ -50,34 +50,41 @@ def examples(
         raise UsageError("--from-log gives examples to all adapters that a log names: leave NAME out")
     pool, manifest = _opened(place)
     if name is None:
-        found = _logged(pool, from_log or [])
-        _store(pool, manifest, found)
-        counts = {adapter.name: len(found.get(adapter.name, adapter.examples)) for adapter in pool}
-        if json:
-            print_json(counts)
-            return
-        for one, count in counts.items():
-            new = " (new)" if one in found else ""
-            out.print(f"{count:4} {one}{new}", markup=False, highlight=False)
+        _count(pool, manifest, _logged(pool, from_log or []), json=json)
         return
-    kept = pool[name].examples
+    prompts = list(pool[name].examples)
     if file is not None:
-        try:
-            prompts = read_examples(file)
-        except FileNotFoundError as error:
-            raise UsageError(f"{file}: no such file") from error
-        if not prompts:
-            raise DataError(f"{file}: expected one prompt or more, found none")
-        kept = tuple(prompts)
-        _store(pool, manifest, {name: kept})
+        prompts = _prompts_in(file)
+        _store(pool, manifest, {name: prompts})
     if json:
-        print_json({name: list(kept)})
+        print_json({name: prompts})
+    elif file is not None:
+        out.print(f"{name}: {len(prompts)} examples", markup=False, highlight=False)
+    else:
+        for prompt in prompts:
+            verbatim(prompt)
+
+
+def _count(pool: AdapterPool, manifest: Path | None, new: Mapping[str, Sequence[str]], *, json: bool) -> None:
+    """Stores new examples by adapter, and prints how many examples each adapter has then."""
+    _store(pool, manifest, new)
+    counts = {adapter.name: len(new.get(adapter.name, adapter.examples)) for adapter in pool}
+    if json:
+        print_json(counts)
         return
-    if file is not None:
-        out.print(f"{name}: {len(kept)} examples", markup=False, highlight=False)
-        return
-    for prompt in kept:
-        verbatim(prompt)
+    for name, count in counts.items():
+        remark = " (new)" if name in new else ""
+        out.print(f"{count:4} {name}{remark}", markup=False, highlight=False)
+
+
+def _prompts_in(file: Path) -> list[str]:
+    try:
+        prompts = read_examples(file)
+    except FileNotFoundError as error:
+        raise UsageError(f"{file}: no such file") from error
+    if not prompts:
+        raise DataError(f"{file}: expected one prompt or more, found none")
+    return prompts
 
 
 def _opened(text: str) -> tuple[AdapterPool, Path | None]:
@@ -104,20 +111,23 @@ def _store(pool: AdapterPool, manifest: Path | None, examples: Mapping[str, Sequ
             write_examples(pool[name].folder, prompts)
         return
     with locked(manifest.absolute().parent):  # another process may give examples, too
-        found = read_manifest(manifest)
-        if unnamed := sorted(examples.keys() - {entry.name for entry in found.entries}):
+        content = read_manifest(manifest)
+        without_entry = sorted(examples.keys() - {entry.name for entry in content.entries})
+        if without_entry:
             raise UsageError(
-                f"manifest {manifest}: no entry has the name {unnamed[0]!r}, so it has no place for examples; "
+                f"manifest {manifest}: no entry has the name {without_entry[0]!r}, so it has no place for examples; "
                 f"write the names with `logo pool lock {manifest} --save {manifest} --overwrite`"
             )
-        given = {name: tuple(prompts) for name, prompts in examples.items()}
-        entries = [replace(one, examples=given.get(one.name or "", one.examples)) for one in found.entries]
-        write_manifest(manifest, replace(found, entries=entries))
+        entries = [
+            replace(entry, examples=tuple(examples[entry.name])) if entry.name in examples else entry
+            for entry in content.entries
+        ]
+        write_manifest(manifest, replace(content, entries=entries))
 
 
 def _logged(pool: AdapterPool, files: Sequence[Path]) -> dict[str, list[str]]:
     """Examples for adapters that have none, from requests that named them alone, in the order of the logs."""
-    named: dict[str, dict[str, str]] = {}
+    named: dict[str, dict[str, str]] = {}  # a prompt as it is compared -> each adapter that was named -> the prompt
     for file in files:
         rows = _named_prompts(file)
         if not rows:
@@ -129,18 +139,18 @@ def _logged(pool: AdapterPool, files: Sequence[Path]) -> dict[str, list[str]]:
             named.setdefault(_same(prompt), {})[adapter] = prompt
     for prompt in REQUESTS:  # `logo verify` asks adapters without examples these
         named.pop(_same(prompt), None)
-    found: dict[str, list[str]] = {}
+    prompts_of: dict[str, list[str]] = {}
     for adapters in named.values():
         if len(adapters) == 1:
-            [(adapter, prompt)] = adapters.items()
-            found.setdefault(adapter, []).append(prompt)
-    unknown = sorted(found.keys() - set(pool.names))
+            [(adapter_name, prompt)] = adapters.items()
+            prompts_of.setdefault(adapter_name, []).append(prompt)
+    unknown = sorted(prompts_of.keys() - set(pool.names))
     if unknown:
         note(f"no adapter of the pool has the name {unknown[0]!r}; write the pool's names")
     return {
-        adapter.name: found[adapter.name][:FROM_LOG]
+        adapter.name: prompts_of[adapter.name][:FROM_LOG]
         for adapter in pool
-        if not adapter.examples and len(found.get(adapter.name, ())) >= LEAST
+        if not adapter.examples and len(prompts_of.get(adapter.name, ())) >= LEAST
     }
 
 
@@ -151,31 +161,31 @@ def _same(prompt: str) -> str:
 
 def _named_prompts(file: Path) -> list[tuple[str, str]]:
     """The prompts in a file whose requests named one adapter, and that adapter."""
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     try:
         with file.open(encoding="utf-8-sig", errors="replace") as lines:
             for line in lines:
                 try:
-                    found += _of_line(loads(line)) if line.strip() else ()
+                    pairs += _of_line(loads(line)) if line.strip() else ()
                 except (ValueError, RecursionError):  # another program's line
                     continue
     except OSError as error:
         raise StorageError(f"{file}: cannot be read ({error.strerror}); name a file with prompts") from error
-    return found
+    return pairs
 
 
-def _of_line(said: Any) -> list[tuple[str, str]]:
-    match said:
+def _of_line(line: Any) -> list[tuple[str, str]]:
+    match line:
         case {"prompt": str(prompt), "adapter": str(adapter)} if prompt.strip() and adapter:
             return [(prompt, adapter)]
         case {"logger": str(logger), "selections": [*selections]} if logger.split(".")[0] == "logo":
-            return [pair for one in selections for pair in _of_selection(one)]
+            return [pair for selection in selections for pair in _of_selection(selection)]
     return []
 
 
-def _of_selection(said: Any) -> list[tuple[str, str]]:
+def _of_selection(selection: Any) -> list[tuple[str, str]]:
     """The prompt of a logged selection whose one adapter was named, with the weight 1."""
-    match said:
+    match selection:
         case {"prompt": str(prompt), "cut": False, "adapters": [str(name)], "weights": [1], "named": True}:
             return [(prompt, name)] if prompt.strip() else []
     return []

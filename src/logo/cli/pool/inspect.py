@@ -59,14 +59,15 @@ def inspect(
             screen(natural_width(table)).print(table)
         for activation, names in _acting(good).items():
             out.print(Text.assemble(("activation ", "yellow"), f"{activation}: {listed(names, 8)}"))
-        if copies := [one_line(adapter.name) for adapter in good if adapter.copies]:
-            said = "copies of base weights: used if they equal the base model's own, refused in vLLM"
-            out.print(f"{listed(copies, 8)}: {said}", markup=False)
+        with_copies = [one_line(adapter.name) for adapter in good if adapter.copies]
+        if with_copies:
+            remark = "copies of base weights: used if they equal the base model's own, refused in vLLM"
+            out.print(f"{listed(with_copies, 8)}: {remark}", markup=False)
         for error in refused:
             out.print(refusal(error))
         total = decimal(sum(adapter.size for adapter in good))
-        others = f", {len(refused) - bad} left out" if len(refused) > bad else ""
-        out.print(f"{folder}: {len(good)} adapters usable ({total}), {bad} refused{others}", markup=False)
+        left_out = f", {len(refused) - bad} left out" if len(refused) > bad else ""
+        out.print(f"{folder}: {len(good)} adapters usable ({total}), {bad} refused{left_out}", markup=False)
     return int(not good or bool(bad))
 
 
@@ -106,18 +107,18 @@ def _report(
 
 def _acting(adapters: Sequence[Adapter]) -> dict[str, list[str]]:
     """The names of the adapters that do not act everywhere, by their activation."""
-    found = defaultdict[str, list[str]](list)
+    names = defaultdict[str, list[str]](list)
     for adapter in adapters:
         if not adapter.activation.everywhere:
-            found[str(adapter.activation)].append(one_line(adapter.name))
-    return found
+            names[str(adapter.activation)].append(one_line(adapter.name))
+    return names
 
 
 def _table(adapters: Sequence[Adapter], sizes: Mapping[str, Size]) -> Table:
     columns = ("adapter", ">rank", ">modules", "targets", ">parameters", ">size", ">norm", ">effective rank")
     table = plain_table(*columns)
     for adapter in adapters:
-        found = sizes[adapter.name]
+        size = sizes[adapter.name]
         table.add_row(
             Text(adapter.name),
             "/".join(map(str, adapter.ranks)),
@@ -125,7 +126,7 @@ def _table(adapters: Sequence[Adapter], sizes: Mapping[str, Size]) -> Table:
             ", ".join(adapter.targets),
             f"{adapter.parameters:,}",
             decimal(adapter.size),
-            f"{found.norm:.3g}",
-            f"{found.effective_rank:.1f}",
+            f"{size.norm:.3g}",
+            f"{size.effective_rank:.1f}",
         )
     return table

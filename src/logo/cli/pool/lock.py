@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from fnmatch import fnmatchcase
@@ -46,29 +47,16 @@ def lock(
         raise UsageError(f"--save {save}: expected a name that ends with {' or '.join(SUFFIXES)}")
     if save.exists() and not overwrite:
         raise UsageError(f"--save {save}: exists already; choose another name, or add --overwrite")
-    asked = [source for text in sources for source in _sources(text)]
     before = read_manifest(save) if save.exists() else Manifest(())
-    kept = {entry.name or entry.source.removeprefix("./"): entry.examples for entry in before.entries}
     skip = on_bad_adapter == "skip"
-    found, refused, k = gather(asked, skip=skip, verify=True if skip else None)
-
-    def recorded(adapter: Adapter) -> None:
-        source = _source(adapter, save)
-        if bad := next((text for text in (adapter.name, source) if not is_line(text)), None):
-            raise AdapterError(adapter.name, f"a manifest cannot hold {bad!r}: expected one line of printable text")
-
-    good, bad = divided(found, recorded)
+    opened = [source for text in sources for source in _sources(text)]
+    adapters, refused, k = gather(opened, skip=skip, verify=True if skip else None)
+    good, bad = divided(adapters, functools.partial(_check_lines, manifest=save))
     if base_model is not None:
         good, misfits = divided(good, fitting(base_model))
         bad += misfits
-    where = ",".join(sources)
-    pool = AdapterPool.found(where, good, [*refused, *bad], on_bad_adapter, k)
-    entries = []
-    for one in pool:
-        source = _source(one, save)
-        examples = one.examples if one.listed else kept.get(one.name, kept.get(source.removeprefix("./")))
-        beside = examples_sha256(one.examples) if examples is None and one.examples else None
-        entries.append(Entry(source, one.name, one.revision, one.sha256, one.digest, beside, examples))
+    pool = AdapterPool.found(",".join(sources), good, [*refused, *bad], on_bad_adapter, k)
+    entries = [_entry(adapter, save, before) for adapter in pool]
     write_manifest(save, Manifest(entries, before.k if k is None else k))
     if json:
         print_json({"file": str(save), "adapters": list(map(vars, entries)), "refused": refusals(pool.refused)})
@@ -76,6 +64,27 @@ def lock(
     tell_refused(pool.refused)
     commits = len({entry.revision for entry in entries if entry.revision})
     out.print(f"{save}: {len(entries)} adapters" + (f", {commits} commits" if commits else ""), markup=False)
+
+
+def _check_lines(adapter: Adapter, manifest: Path) -> None:
+    """Raises AdapterError if a manifest cannot hold the name or the source of an adapter."""
+    for text in (adapter.name, _source(adapter, manifest)):
+        if not is_line(text):
+            raise AdapterError(adapter.name, f"a manifest cannot hold {text!r}: expected one line of printable text")
+
+
+def _entry(adapter: Adapter, manifest: Path, before: Manifest) -> Entry:
+    """The entry of an adapter, with the example prompts that it had in the manifest before."""
+    source = _source(adapter, manifest)
+    examples = adapter.examples if adapter.listed else _listed_examples(adapter.name, source, before)
+    beside = examples_sha256(adapter.examples) if examples is None and adapter.examples else None
+    return Entry(source, adapter.name, adapter.revision, adapter.sha256, adapter.digest, beside, examples)
+
+
+def _listed_examples(name: str, source: str, before: Manifest) -> tuple[str, ...] | None:
+    """The example prompts in a manifest under a name, or else under a source; None if it lists none."""
+    listed = {entry.name or entry.source.removeprefix("./"): entry.examples for entry in before.entries}
+    return listed.get(name, listed.get(source.removeprefix("./")))
 
 
 def _sources(text: str) -> list[Source]:
@@ -105,9 +114,9 @@ def _repositories(text: str) -> list[Source]:
     try:
         longest = max(name.split("*"), key=len) or None
         models = HfApi(library_name="logo").list_models(author=owner, search=longest, expand=["sha"])
-        found = {one.id: one.sha for one in models if fnmatchcase(one.id, text)}
+        commits = {model.id: model.sha for model in models if fnmatchcase(model.id, text)}
     except Exception as error:  # the boundary, as in `download_files`
         raise hub_error(text, error) from error
-    if not found:
+    if not commits:
         raise HubError(f"Hub repos {text}: no repository matches; check the name, and HF_TOKEN if they are private")
-    return [Source("repo", repo, "", found[repo]) for repo in sorted(found)]
+    return [Source("repo", repo, "", commits[repo]) for repo in sorted(commits)]

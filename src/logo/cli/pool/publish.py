@@ -72,27 +72,30 @@ def contents_of(
     if folder is None:
         names = sorted({base.rsplit("/", 1)[-1] for base in bases})
         if len(names) != 1:
-            found = f"several base models ({', '.join(names)})" if names else "no base model"
-            raise UsageError(f"the adapters name {found}; give the folder to write with --path-in-repo ('.': the top)")
+            several = f"several base models ({', '.join(names)})" if names else "no base model"
+            raise UsageError(
+                f"the adapters name {several}; give the folder to write with --path-in-repo ('.': the top)"
+            )
         folder = f"{names[0]}-loras-{own_name(root)}"
     folder = clean_subfolder(repo, folder.strip("/"))
-    sent, beside = list[Path](), [root / CARD]  # what was read as an adapter; and what may be a link to anything
+    read: list[Path] = []  # as an adapter
+    beside = [root / CARD]  # what may be a link to anything
     for adapter in adapters:
         above = [home for home in (adapter.folder, *adapter.folder.parents) if home.is_relative_to(root)]
         notes = [home / NOTES for home in above if (home / NOTES).is_file()]
         if noted(adapter.folder, Activation(adapter.config.invocation), root) != adapter.activation:
             why = f"because of a {NOTES} in the folder above it, which is not uploaded: push that, or copy it here"
             raise UsageError(f"{adapter.folder} acts on {adapter.activation} {why}")
-        sent += [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
+        read += [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
         beside += [*notes, adapter.folder / RECORD]
     homes = [root.resolve(), *(adapter.folder.resolve() for adapter in adapters)]
     # Links of the Hub's cache lead to its `blobs`.
     homes += [above.parent / "blobs" for home in homes for above in home.parents if above.name == "snapshots"]
-    for file in filter(Path.is_file, beside):
+    beside = [file for file in beside if file.is_file()]
+    for file in beside:
         if not any(file.resolve().is_relative_to(home) for home in homes):
             raise UsageError(f"{file} is a link out of the pool; put the file itself there, or remove the link")
-        sent.append(file)
-    files: dict[str, Path | bytes] = {file.relative_to(root).as_posix(): file for file in sent}
+    files: dict[str, Path | bytes] = {file.relative_to(root).as_posix(): file for file in (*read, *beside)}
     if CARD not in files:
         files[CARD] = _card(adapters, root, repo, folder, bases).encode()
     return {"/".join(filter(None, (folder, file))): files[file] for file in sorted(files)}
@@ -118,16 +121,19 @@ def push(
         if private and not api.repo_info(repo).private:
             raise HubError(f"Hub repo {repo}: it exists and is public, but --private was given; nothing was sent")
         there = api.list_repo_files(repo)
-        sent = {**contents, **({} if CARD in there else {CARD: contents[card]})}
+        sent = dict(contents)
+        if CARD not in there:
+            sent[CARD] = contents[card]
         if card in there and isinstance(contents[card], bytes):  # a card that we have made replaces only its like
             with open(api.hf_hub_download(repo, card), encoding="utf-8") as file:
                 if _MADE not in file.read():
                     del sent[card]
-        above = {str(home / NOTES) for path in contents for home in PurePosixPath(path).parents}
-        stale = [one for one in there if one in above - sent.keys() and PurePosixPath(one).is_relative_to(folder)]
+        notes = {str(home / NOTES) for path in contents for home in PurePosixPath(path).parents} - sent.keys()
+        stale = [path for path in there if path in notes and PurePosixPath(path).is_relative_to(folder)]
         # Not `upload_folder`, which lists the folder itself and does not follow links.
-        operations = [CommitOperationAdd(path, content) for path, content in sent.items()]
-        api.create_commit(repo, [*operations, *map(CommitOperationDelete, stale)], commit_message=message)
+        added = [CommitOperationAdd(path, content) for path, content in sent.items()]
+        deleted = [CommitOperationDelete(path) for path in stale]
+        api.create_commit(repo, [*added, *deleted], commit_message=message)
     except HubError:
         raise
     except Exception as error:  # the boundary: httpx, xet and the file system each raise their own kinds
@@ -140,16 +146,17 @@ def _card(adapters: Sequence[Adapter], root: Path, repo: str, folder: str, bases
     from huggingface_hub import ModelCardData
 
     base = bases[0] if len(bases) == 1 else "BASE_MODEL"
-    front: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if is_repo_id(base) else {}
+    relation: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if is_repo_id(base) else {}
     tags = ["lora", "peft", "lora-pool", "logo"]
-    data = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, **front)
+    front = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, **relation)
     rows = []
     for adapter in adapters:
-        name, ranks = adapter.name.replace("|", "\\|"), "/".join(map(str, adapter.ranks))
+        name = adapter.name.replace("|", "\\|")
+        ranks = "/".join(map(str, adapter.ranks))
         rows.append(f"| `{name}` | {ranks} | {', '.join(adapter.targets)} | {adapter.parameters:,} |")
     inside = Path(folder, adapters[0].folder.relative_to(root)).as_posix()
     return _CARD.format(
-        front=data.to_yaml(),
+        front=front.to_yaml(),
         title=own_name(root),
         bases=", ".join(f"`{name}`" for name in bases) or "the base model that they were trained on",
         rows="\n".join(rows),
@@ -184,12 +191,14 @@ def size_of(adapter: Adapter) -> Size:
     """
     import torch
 
-    energy, ranks = list[float](), list[float]()
-    for one in replace(adapter, copies={}).read().values():
-        left = torch.linalg.qr(one.B.double(), mode="r").R  # (p, r)
-        right = torch.linalg.qr(one.A.double().T, mode="r").R  # (q, r)
-        squares = torch.linalg.svdvals(one.scaling * left @ right.T) ** 2  # (min(p, q),)
-        energy.append(float(squares.sum()))
-        if energy[-1] > 0:
-            ranks.append(float(torch.special.entr(squares / energy[-1]).sum().exp()))
-    return Size(math.sqrt(sum(energy)), fmean(ranks) if ranks else 0.0)
+    energies: list[float] = []
+    ranks: list[float] = []
+    for weights in replace(adapter, copies={}).read().values():
+        left = torch.linalg.qr(weights.B.double(), mode="r").R  # (p, r)
+        right = torch.linalg.qr(weights.A.double().T, mode="r").R  # (q, r)
+        squares = torch.linalg.svdvals(weights.scaling * left @ right.T) ** 2  # (min(p, q),)
+        energy = float(squares.sum())
+        energies.append(energy)
+        if energy > 0:
+            ranks.append(float(torch.special.entr(squares / energy).sum().exp()))
+    return Size(math.sqrt(sum(energies)), fmean(ranks) if ranks else 0.0)

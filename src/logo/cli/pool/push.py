@@ -40,23 +40,29 @@ def push(
         dry_run: List the files; send nothing.
         json: Print JSON instead.
     """
-    from logo.cli.pool.publish import contents_of
-    from logo.cli.pool.publish import push as send
+    from logo.cli.pool import publish
 
     pool = AdapterPool.opened([Source("folder", str(folder))], {"verify": True})
     tell_refused(pool.refused)
-    contents = contents_of(folder, list(pool), repo, path_in_repo)
-    targets = {path: len(one) if isinstance(one, bytes) else one.stat().st_size for path, one in contents.items()}
-    message = f"{len(contents)} files of the pool {own_name(folder)}"
-    address, deleted = (None, []) if dry_run else send(repo, contents, private=private, message=message)
+    contents = publish.contents_of(folder, list(pool), repo, path_in_repo)
+    sizes = {
+        path: len(content) if isinstance(content, bytes) else content.stat().st_size
+        for path, content in contents.items()
+    }
+    address: str | None = None
+    deleted: list[str] = []
+    if not dry_run:
+        message = f"{len(contents)} files of the pool {own_name(folder)}"
+        address, deleted = publish.push(repo, contents, private=private, message=message)
     if json:
-        files = [{"path": path, "bytes": count} for path, count in targets.items()]
-        told = {"repo": repo, "url": address, "files": files, "deleted": deleted}
-        print_json({**told, "refused": refusals(pool.refused)})
+        files = [{"path": path, "bytes": size} for path, size in sizes.items()]
+        refused = refusals(pool.refused)
+        print_json({"repo": repo, "url": address, "files": files, "deleted": deleted, "refused": refused})
         return
-    for path, count in targets.items() if dry_run else ():
-        out.print(f"{path}  {decimal(count)}", markup=False)
+    if dry_run:
+        for path, size in sizes.items():
+            out.print(f"{path}  {decimal(size)}", markup=False)
     for path in deleted:
         out.print(f"deleted {path}", markup=False)
-    total = f"{len(pool)} adapters, {len(targets)} files, {decimal(sum(targets.values()))}"
+    total = f"{len(pool)} adapters, {len(sizes)} files, {decimal(sum(sizes.values()))}"
     out.print(f"{repo}: {total}, nothing sent" if address is None else f"{address}: {total}", markup=False)
