@@ -217,8 +217,8 @@ BAD = [
     ("generate '  ' ENGINE", 2, "prompt 1 is empty"),
     ("select x --base-modle y", 2, "Unknown option: --base-modle. Did you mean --base-model?"),
     ("select x ENGINE --signal nrom", 2, "did you mean 'norm'"),
-    ("slect x", 2, 'Unknown command "slect". Did you mean "select"?'),
-    ("slect x", 2, "verify, train, evaluate, pool, ... (see `logo --help`)"),
+    ("slect x", 2, 'Unknown command "slect". Did you mean "select"? Available commands: pool, eval, '),
+    ("slect x", 2, "serve, verify, ... (see `logo --help`)"),
     ("select x --base-model Qwen2.5-8B POOL", 1, "did you mean 'Qwen2.5-7B'"),
     ("generate x ENGINE --adapter ad01=much", 2, "expected NAME or NAME=WEIGHT"),
     ("generate x ENGINE --max-new-tokens 5000", 2, "context holds 4096 tokens"),
@@ -252,8 +252,9 @@ def test_who_refuses_a_prompt_names_options_that_there_are(capsys: pytest.Captur
     _, err = said(capsys, "select", "Bake a cake", *DEMO, "--when-unsure", "refuse", code=1)
     assert err.startswith("logo: error: no adapter of the pool seems to be made for this prompt")
     assert "--when-unsure base lets the base model answer" in err and "--adapter" not in err
-    with closing(LoGo.from_pretrained("demo", device="cpu")) as engine, pytest.raises(Unsure) as refused:
-        engine.select("Bake a cake", when_unsure="refuse")
+    engine = LoGo.from_pretrained("demo", device="cpu", when_unsure="refuse")
+    with closing(engine), pytest.raises(Unsure) as refused:
+        engine.select("Bake a cake")
     assert 'let the base model answer (when_unsure="base")' in str(refused.value) and "--" not in str(refused.value)
 
 

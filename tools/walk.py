@@ -1,7 +1,7 @@
 """Counts the functions of LoGo that one warm call enters, and the files that they are in.
 
     python tools/walk.py                 # `LoGo.generate` of one prompt on the bundled model
-    python tools/walk.py --evaluate      # `logo evaluate` of four rows, with the opening of the model and its pool
+    python tools/walk.py --evaluate      # an evaluation of four rows, with the opening of the model and its pool
     python tools/walk.py --list          # and names them, in the order in which they are entered first
 
 A call should be short enough to be followed by reading: tests/test_walk.py holds the numbers.
@@ -58,13 +58,20 @@ def generate() -> Callable[[], object]:
 
 
 def evaluate(folder: Path) -> Callable[[], object]:
-    """A warm `logo evaluate` of four rows, whose results are below a folder."""
-    from logo.cli.app import run
+    """A warm evaluation of four rows, as `main.py` calls it, with results below a folder."""
+    from logo.cli import evaluate as command
 
     def evaluated(name: str) -> None:
-        rows = ["--dataset", "antonym", "--data-dir", str(assets_dir() / "heldout"), "--limit", "4"]
-        model = ["--base-model", "demo", "--gpu", "-1", "--max-new-tokens", "8"]
-        if run(["evaluate", *model, *rows, "--result-dir", str(folder / name)]) != 0:
+        code = command.evaluate(
+            dataset="antonym",
+            data_dir=str(assets_dir() / "heldout"),
+            limit=4,
+            base_model="demo",
+            gpu="-1",
+            max_new_tokens=8,
+            result_dir=str(folder / name),
+        )
+        if code != 0:
             raise RuntimeError("the evaluation failed")
 
     evaluated("cold")

@@ -95,8 +95,6 @@ ANYWHERE.add_argument("--plugin", action="append", default=[])
 ANYWHERE.add_argument("--config", action="append", default=[], type=Path)
 # Lists in one text, of which a user may expect to give them one by one; of other options, the last value counts.
 _LISTS = ("--dataset", "--tasks", "--signals", "--methods", "--protocols", "--targets")
-
-
 HARNESS = ["eval", "lm-eval"]  # whose arguments are another program's
 
 

@@ -118,10 +118,10 @@ def _store(pool: AdapterPool, manifest: Path | None, examples: Mapping[str, Sequ
                 f"manifest {manifest}: no entry has the name {without_entry[0]!r}, so it has no place for examples; "
                 f"write the names with `logo pool lock {manifest} --save {manifest} --overwrite`"
             )
-        entries = [
-            replace(entry, examples=tuple(examples[entry.name])) if entry.name in examples else entry
-            for entry in content.entries
-        ]
+        entries = list(content.entries)
+        for number, entry in enumerate(entries):
+            if entry.name is not None and entry.name in examples:
+                entries[number] = replace(entry, examples=tuple(examples[entry.name]))
         write_manifest(manifest, replace(content, entries=entries))
 
 
