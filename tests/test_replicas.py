@@ -9,11 +9,15 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,21 +28,26 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from http_server import eventually
+from http_server import eventually, raw
+from logo.api.guards import GuardSettings
 from logo.cluster.processes import Expected, Layout
 from logo.cluster.replicas import LOAD, UNLOAD, ReplicaPlan, serve_replicas
 from logo.errors import LoGoError, PoolError
+from tolerances import PATIENCE
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
 ]
 
-PORT, FOLDER = 18730, "LOGO_TEST_FOLDER"
+FOLDER = "LOGO_TEST_FOLDER"
+KEY = "a-key-of-ours"
+OF_KEY = {"Authorization": f"Bearer {KEY}"}
 
 
 class State:
-    """LoGo's part of the app; the adapter "here" can be added by a request only, as if other nodes lacked its files."""
+    """LoGo's part of the app; the adapter "here" can be added by a request only, as if other nodes lacked its files, or
+    as if its folder were gone since."""
 
     pool = SimpleNamespace(names=("start",))
 
@@ -51,22 +60,27 @@ class State:
         names = self.pool.names
         if (name in names) == (kind == "add") or (kind == "remove" and len(names) == 1):
             raise PoolError(f"{kind} {name}")
-        left = tuple(one for one in names if one != name)
+        left = tuple(own for own in names if own != name)
         self.pool = SimpleNamespace(names=left if kind == "remove" else (*left, name))
 
 
+async def until(file: Path, exists: bool) -> None:
+    while file.exists() != exists:
+        await asyncio.sleep(0.05)
+
+
 async def small_app() -> Starlette:
+    folder = Path(os.environ[FOLDER])
+    await until(folder / "closed", exists=False)
     state = State()
 
     async def pool(request: Request) -> Response:
         return JSONResponse([os.getpid(), sorted(state.pool.names)])
 
     async def slow(request: Request) -> Response:
-        folder = Path(os.environ[FOLDER])
-        (folder / "begun").touch()
-        while not (folder / "go").exists():
-            await asyncio.sleep(0.05)
-        return JSONResponse("done")
+        (folder / f"begun-{os.getpid()}-{request.query_params['number']}").touch()
+        await until(folder / "go", exists=True)
+        return JSONResponse(os.getpid())
 
     async def change(request: Request) -> Response:
         name = (await request.json())["lora_name"]
@@ -86,73 +100,149 @@ async def small_app() -> Starlette:
     return app
 
 
-def serve() -> None:
+def serve(folder: str, port: str, replicas: str) -> None:
     import ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors do not find this file by its name
     pool: Any = SimpleNamespace(digest="of the tests")  # so that replicas need not import PyTorch
-    plan = functools.partial(ReplicaPlan, small_app, {FOLDER: sys.argv[1]}, Expected.of(lambda: pool), 2)
-    serve_replicas(Layout(2), plan, "127.0.0.1", PORT, functools.partial(print, flush=True))
+    expected = Expected.of(lambda: pool)
+    guards = GuardSettings(api_keys=(KEY,))
+    layout = Layout(int(replicas))
+    plan = functools.partial(ReplicaPlan, small_app, {FOLDER: folder}, expected, guards, layout.count)
+    serve_replicas(layout, plan, "127.0.0.1", int(port), functools.partial(print, flush=True))
 
 
-def ask(path: str, name: str | None = None) -> tuple[int, Any]:
-    data = None if name is None else json.dumps({"lora_name": name, "lora_path": "anywhere"}).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+@dataclass(frozen=True)
+class Server:
+    """A server of replicas, as a process."""
+
+    process: subprocess.Popen[str]
+    port: int
+    folder: Path
+
+    def ask(self, path: str, name: str | None = None) -> tuple[int, Any]:
+        """Status and answer: of a GET, or of a request about an adapter."""
+        data = None if name is None else json.dumps({"lora_name": name, "lora_path": "anywhere"}).encode()
+        url = f"http://127.0.0.1:{self.port}{path}"
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json", **OF_KEY})
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                status, text = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, text = error.code, error.read()
+        with contextlib.suppress(ValueError):
+            return status, json.loads(text)
+        return status, text.decode()
+
+    def pools(self) -> dict[int, list[str]]:
+        """Process -> adapters, of those that answer some requests."""
+        return {process: names for _, (process, names) in (self.ask("/pool") for _ in range(30))}
+
+    def wait_for(self, line: str) -> list[str]:
+        """The lines that it says until this one."""
+        assert self.process.stdout is not None
+        lines: list[str] = []
+        while not lines or lines[-1] != line:
+            lines.append(self.process.stdout.readline().strip())
+            assert lines[-1], lines
+        return lines
 
 
-def pools() -> dict[int, list[str]]:
-    """Process -> adapters, of those that answer some requests."""
-    return {process: names for _, (process, names) in (ask("/pool") for _ in range(30))}
+@contextlib.contextmanager
+def running(folder: Path, replicas: int) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, __file__, str(folder), str(port), str(replicas)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            server = Server(process, port, folder)
+            server.wait_for(f"Serving on http://127.0.0.1:{port}")
+            server.wait_for(f"replicas ready: {replicas} of {replicas}")
+            yield server
+        finally:
+            process.kill()
 
 
-def wait_for(server: subprocess.Popen[str], line: str) -> None:
-    assert server.stdout is not None
-    said = []
-    while not said or said[-1] != line:
-        said.append(server.stdout.readline().strip())
-        assert said[-1], said
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of two replicas, whose pools are as at the start."""
+    with running(tmp_path_factory.mktemp("two"), 2) as server:
+        yield server
 
 
-def test_a_change_reaches_all_replicas_and_those_that_start_later(tmp_path: Path) -> None:
-    command, both = [sys.executable, __file__, str(tmp_path)], "2 of 2 replicas take requests"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, contextlib.ExitStack() as end:
-        end.callback(server.kill)
-        wait_for(server, f"Serving on http://127.0.0.1:{PORT}")
-        wait_for(server, both)
-        processes = set(pools())
-        assert len(processes) == 2
-        # In this order, so that one that starts later must not remove "start" before it has added "new".
-        assert ask(LOAD, "other") == (200, "done") and ask(UNLOAD, "start") == (200, "done")
-        assert ask(LOAD, "new") == (200, "done")
-        assert pools() == {process: ["new", "other"] for process in processes}  # none was started again
-        assert ask(UNLOAD, "other") == (200, "done")
-        assert [ask(LOAD, "new") for _ in range(4)] == [(400, "add new")] * 4  # as its app says
+def test_a_change_reaches_all_replicas_and_those_that_start_later(two: Server) -> None:
+    processes = set(two.pools())
+    assert len(processes) == 2
+    # In this order, so that one that starts later must not remove "start" before it has added "new".
+    assert two.ask(LOAD, "other") == (200, "done") and two.ask(UNLOAD, "start") == (200, "done")
+    assert two.ask(LOAD, "new") == (200, "done")
+    assert two.pools() == {process: ["new", "other"] for process in processes}  # none was started again
+    assert two.ask(UNLOAD, "other") == (200, "done")
+    assert [two.ask(LOAD, "new") for _ in range(4)] == [(400, "add new")] * 4  # as its app says
 
-        status, said = ask(LOAD, "here")
-        assert status == 500 and said["error"]["message"] == (
-            "adapter 'here': changed here, but not in every replica: no such folder; unload it, or try again"
-        )
-        assert list(pools().values()) == [["here", "new"]]  # the other one does not answer with another pool
-        assert ask(UNLOAD, "here") == (200, "done")
-        wait_for(server, both)
-        eventually(lambda: list(pools().values()) == [["new"]] * 2)
-        assert set(pools()) - processes  # one that differed was replaced; `backends/test_replicas_vllm.py` kills one
+    status, answer = two.ask(LOAD, "here")
+    assert status == 500 and answer["error"]["message"] == (
+        "adapter 'here': changed here, but not in every replica: no such folder; unload it, or try again"
+    )
+    assert list(two.pools().values()) == [["here", "new"]]  # the other one does not answer with another pool
+    assert two.ask(UNLOAD, "here") == (200, "done")
+    two.wait_for("replicas ready: 2 of 2")
+    eventually(lambda: list(two.pools().values()) == [["new"]] * 2)
+    assert set(two.pools()) - processes  # one that differed was replaced
 
-        answers: list[tuple[int, Any]] = []
-        client = threading.Thread(target=lambda: answers.append(ask("/slow")))
-        client.start()
-        eventually((tmp_path / "begun").exists)
-        server.send_signal(signal.SIGTERM)
-        assert server.poll() is None  # it waits for what it has accepted
-        (tmp_path / "go").touch()
-        client.join()
-        assert answers == [(200, "done")] and server.wait() == 0
+    assert two.ask(LOAD, "start") == (200, "done") and two.ask(UNLOAD, "new") == (200, "done")
+
+
+def test_where_a_replica_is_killed_under_load_only_its_own_answers_are_lost(two: Server) -> None:
+    """Requests that come while it is gone are answered by the other one, and the next one joins it."""
+    pools = two.pools()
+    with ThreadPoolExecutor(8) as clients:
+        answers = [clients.submit(two.ask, f"/slow?number={number}") for number in range(8)]
+        eventually(lambda: len(list(two.folder.glob("begun-*"))) == 8)
+        begun = Counter(int(file.name.split("-")[1]) for file in two.folder.glob("begun-*"))
+        assert set(begun) == set(pools)  # both have some
+        killed, other = begun
+        os.kill(killed, signal.SIGKILL)
+        assert [two.ask("/pool") for _ in range(30)] == [(200, [other, pools[other]])] * 30
+        (two.folder / "go").touch()
+        statuses = [answer.result() for answer in answers]
+    assert [answer for answer in statuses if answer[0] == 200] == [(200, other)] * begun[other]
+    two.wait_for("replicas ready: 2 of 2")
+    eventually(lambda: list(two.pools().values()) == [pools[other]] * 2)
+    assert killed not in two.pools()
+
+
+def test_one_replica_comes_back_without_an_adapter_whose_folder_is_gone(tmp_path: Path) -> None:
+    with running(tmp_path, 1) as server:
+        # Who may change the pool is decided by the headers of a request, before its body is there.
+        head = f"POST {LOAD} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        url = f"http://127.0.0.1:{server.port}"
+        stranger = raw(url, f"{head}Content-Length: 400000000\r\n\r\n{{".encode())
+        assert stranger.startswith(b"HTTP/1.1 401 ")
+        own = f"{head}Authorization: Bearer {KEY}\r\nContent-Length: 400000000\r\n\r\n{{"
+        assert raw(url, own.encode()).startswith(b"HTTP/1.1 413 ")
+
+        assert server.ask(LOAD, "new") == (200, "done") and server.ask(LOAD, "here") == (200, "done")
+        [[process, names]] = server.pools().items()
+        assert names == ["here", "new", "start"] and server.ask("/health")[0] == 200
+        (tmp_path / "closed").touch()
+        os.kill(process, signal.SIGKILL)
+        eventually(lambda: server.ask("/health") == (503, "no replica takes requests"))
+        (tmp_path / "closed").unlink()
+        lines = server.wait_for("replicas ready: 1 of 1")
+        assert any(line.startswith("adapter 'here': its change was withdrawn") for line in lines)
+        assert list(server.pools().values()) == [["new", "start"]] and server.ask("/health")[0] == 200
+        assert server.ask(UNLOAD, "new") == (200, "done")
+
+        with ThreadPoolExecutor(1) as client:
+            answer = client.submit(server.ask, "/slow?number=0")
+            eventually(lambda: list(tmp_path.glob("begun-*")))
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.poll() is None  # it waits for what it has accepted
+            (tmp_path / "go").touch()
+            assert answer.result()[0] == 200 and server.process.wait() == 0
 
 
 if __name__ == "__main__":
-    serve()
+    serve(*sys.argv[1:])

@@ -34,7 +34,7 @@ def test_an_engine_is_replaced_by_one_with_the_same_pool_at_the_same_address(tmp
         return status, found["choices"][0]["text"] if status == 200 else None
 
     with started(asked, port, variables, tmp_path / "log") as server:
-        eventually(lambda: "1 of 1 replicas takes requests" in server.log.read_text())
+        eventually(lambda: "replicas ready: 1 of 1" in server.log.read_text())
         assert answer("logo") == (200, " 12")
         change = {"lora_name": "sums", "lora_path": str(ASSETS / "adapters" / "add_numbers")}
         assert server.ask("/v1/load_lora_adapter", change, key=None)[0] == 401
@@ -49,8 +49,8 @@ def test_an_engine_is_replaced_by_one_with_the_same_pool_at_the_same_address(tmp
         os.kill(first.pid, signal.SIGKILL)
         _, left = psutil.wait_procs(engine, 30)
         assert not left  # it holds the memory that the next one needs
-        eventually(lambda: server.log.read_text().count("1 of 1 replicas takes requests") == 2)
-        assert "0 of 1 replicas take requests: A replica's health check failed" in server.log.read_text()
+        eventually(lambda: server.log.read_text().count("replicas ready: 1 of 1") == 2)
+        assert "replicas ready: 0 of 1: A replica's health check failed" in server.log.read_text()
         assert answer("sums") == (200, " 12")  # the new one has it, too
         assert server.ask("/v1/unload_lora_adapter", {"lora_name": "sums"})[0] == 200
         assert answer("sums") == (404, None)

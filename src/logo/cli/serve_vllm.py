@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from logo.prompts import PLAIN_CHAT
 
 if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool
+    from logo.api.guards import GuardSettings
     from logo.vllm.launch import Launch
 
 OPEN = "Listening on {} without an API key: everybody who reaches it may use it. --api-key requires one."
@@ -61,7 +62,8 @@ def serve(options: EngineOptions, server: ServerOptions, flags: Sequence[str]) -
 
     # Raises for invalid keys and origins.
     keys = server.api_keys or tuple(filter(None, [os.environ.get(API_KEY)]))
-    GuardSettings(server.host, keys, cors_origins=tuple(server.cors or ()))
+    allowed, origins = tuple(server.allow_host or ()), tuple(server.cors or ())
+    guards = GuardSettings(server.host, keys, allow_hosts=allowed, cors_origins=origins)
     if not keys and not is_loopback(server.host):
         note(OPEN.format(server.host))
     launch = _launch(options, base_model, server, flags)
@@ -72,7 +74,7 @@ def serve(options: EngineOptions, server: ServerOptions, flags: Sequence[str]) -
         if server.replicas is not None:
             note("With --replicas, each replica runs such an engine, and one address serves them all.")
     elif server.replicas is not None:
-        _replicas(options, base_model, server, launch)
+        _replicas(options, base_model, server, launch, guards)
     else:
         environment = launch.environment(os.environ)
         sys.stdout.flush()
@@ -108,12 +110,14 @@ def _refuse(options: EngineOptions, server: ServerOptions, given: Sequence[str])
         )
 
 
-def _replicas(options: EngineOptions, base_model: str, server: ServerOptions, launch: Launch) -> None:
+def _replicas(
+    options: EngineOptions, base_model: str, server: ServerOptions, launch: Launch, guards: GuardSettings
+) -> None:
     """Serves from replicas until a signal comes."""
+    from logo.api.listening import listening
     from logo.cli.cluster import absolute_base, expected
     from logo.cluster.processes import Layout
     from logo.cluster.replicas import ReplicaPlan, serve_replicas, vllm_app
-    from logo.api.listening import listening
     from logo.vllm.launch import API_KEY
 
     layout = Layout(server.replicas or 1)
@@ -124,7 +128,11 @@ def _replicas(options: EngineOptions, base_model: str, server: ServerOptions, la
     # Those of this process that a replica on another machine has to have, too.
     inherited = {name: os.environ[name] for name in (API_KEY, LORA_UPDATES) if name in os.environ}
     variables = launch.environment(inherited)
-    serve_replicas(layout, lambda how: ReplicaPlan(open_, variables, found, layout.count, how), host, port, note)
+
+    def plan(ray_options: Mapping[str, Any]) -> ReplicaPlan:
+        return ReplicaPlan(open_, variables, found, guards, layout.count, ray_options)
+
+    serve_replicas(layout, plan, host, port, note)
 
 
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions, given: Sequence[str]) -> Launch:
@@ -181,8 +189,8 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
 
 def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> AdapterPool:
     """The pool, which can be served with these options."""
-    from logo.selection.plan import plan
     from logo.api.names import check_pool
+    from logo.selection.plan import plan
 
     model, settings = skeleton(load_config(base_model, model_dir=MODEL_DIR)), selection_settings(options)
     pool = open_pool(options, base_model).fit(BaseLayout.of(model))

@@ -78,7 +78,8 @@ class Expected:
 
     def check(self) -> None:
         """Raises ClusterError where this process finds something else."""
-        if different := differences(self.found, self.of(self.pool).found):
+        different = differences(self.found, self.of(self.pool).found)
+        if different:
             raise ClusterError(
                 f"a process finds something else than the command: {described(different)}; put the same adapters, "
                 "example prompts and libraries in both places"

@@ -24,28 +24,32 @@ _RETRIES = 2  # how often Ray repeats a call whose actor has died
 _OWN = ("device",)  # fields of an engine's facts in which equal engines may differ
 
 
-class Worker:
+class EngineActor:
     """The actor. It opens in its first call and not when it is made, so that Ray counts a death while opening, too."""
 
     def __init__(self, expected: Expected, open_: Callable[[], Any], facts: Callable[[Any], Any]) -> None:
-        self._expected, self._open, self._facts, self._held = expected, open_, facts, None
+        self._expected = expected
+        self._open = open_
+        self._facts = facts
+        self._engine: Any = None
 
-    def call(self, what: Callable[..., Any], *args: Any) -> tuple[Any, Any, list[str]]:
-        """The value of `what(held, *args)`; the facts of `held`, if this call has opened it, else None; and what was
-        warned of."""
+    def call(self, function: Callable[..., Any], *args: Any) -> tuple[Any, Any, list[str]]:
+        """The value of `function(engine, *args)`; the facts of the engine, if this call has opened it, else None; and
+        what was warned of."""
+        facts = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
-            found = None
-            if self._held is None:
+            if self._engine is None:
                 plugins.load_installed()
                 self._expected.check()
-                self._held = self._open()
-                found = self._facts(self._held)
-            value = what(self._held, *args)
-        return value, found, [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+                self._engine = self._open()
+                facts = self._facts(self._engine)
+            value = function(self._engine, *args)
+        texts = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+        return value, facts, texts
 
 
-class Workers(Generic[H]):
+class EngineActors(Generic[H]):
     """Actors that have each opened the same thing, the first of them now; `facts`: those of what they have opened."""
 
     def __init__(self, actors: Iterable[Any]) -> None:
@@ -54,45 +58,56 @@ class Workers(Generic[H]):
         self._ray = ray
         self.facts: Any = None
         self._opening = {actor.call.remote(_nothing): actor for actor in actors}
-        self._open, self._warned = list[Any](), set[str]()
+        self._open: list[Any] = []
+        self._warned: set[str] = set()
         [first], _ = ray.wait(list(self._opening), num_returns=1)
-        self._got(first)
-        self._open.append(self._opening.pop(first))
+        self._opened(first)
 
     def shared(self, value: object) -> Any:
-        """A large argument of many items, which is sent to each machine once."""
+        """A large argument of many calls, which is sent to each machine once."""
         return self._ray.put(value)
 
-    def map(self, work: Iterable[tuple[K, tuple[Any, ...]]], what: Callable[..., Any]) -> Iterator[tuple[K, Any]]:
-        """Each key with `what(held, *args)`, in the order in which they are done; the next item is taken when an actor
-        is free.
+    def map(self, work: Iterable[tuple[K, tuple[Any, ...]]], function: Callable[..., Any]) -> Iterator[tuple[K, Any]]:
+        """Each key with `function(engine, *args)`, in the order in which they are done; the next arguments are taken
+        when an actor is free.
 
         Raises:
-            ClusterError: an item was repeated in vain, or what an actor has opened differs from the first one.
-            Exception: what `what` raised, or an actor that opened.
+            ClusterError: a call was repeated in vain, or what an actor has opened differs from the first one.
+            Exception: what `function` raised, or an actor that opened.
         """
-        source, running, idle = iter(work), dict[Any, tuple[Any, K]](), list(self._open)
+        calls = iter(work)
+        running: dict[Any, tuple[Any, K]] = {}
+        idle = list(self._open)
         while True:
-            while idle and (item := next(source, None)) is not None:
+            while idle:
+                call = next(calls, None)
+                if call is None:
+                    break
+                key, args = call
                 actor = idle.pop()
-                running[actor.call.remote(what, *item[1])] = (actor, item[0])
+                running[actor.call.remote(function, *args)] = (actor, key)
             if not running:
                 return
             [done], _ = self._ray.wait([*running, *self._opening], num_returns=1)
-            if done in running:
+            if done in self._opening:
+                idle.append(self._opened(done))
+            else:
                 actor, key = running.pop(done)
-                value = self._got(done)
+                value = self._value(done)
                 idle.append(actor)
                 yield key, value
-            else:
-                self._got(done)
-                self._open.append(self._opening.pop(done))
-                idle.append(self._open[-1])
 
-    def _got(self, reference: Any) -> Any:
+    def _opened(self, reference: Any) -> Any:
+        """The actor whose first call is done."""
+        self._value(reference)
+        actor = self._opening.pop(reference)
+        self._open.append(actor)
+        return actor
+
+    def _value(self, reference: Any) -> Any:
         """The value of a call. A warning that several actors report is given once."""
         try:
-            value, facts, said = self._ray.get(reference)
+            value, facts, warned = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except self._ray.exceptions.RayError as error:
@@ -101,14 +116,15 @@ class Workers(Generic[H]):
                 f"a worker died {_RETRIES + 1} times over the same work ({reason}). What is done is kept: repeat the "
                 "command to continue, with less for each process if memory was short"
             ) from error
-        for text in said:
+        for text in warned:
             if text not in self._warned:
                 self._warned.add(text)
                 warnings.warn(text, UserWarning, stacklevel=3)
         if facts is not None:
             self.facts = self.facts or facts
-            if found := differences(_compared(self.facts), _compared(facts)):
-                raise ClusterError(f"a worker differs from the first one: {described(found)}")
+            different = differences(_compared(self.facts), _compared(facts))
+            if different:
+                raise ClusterError(f"a worker differs from the first one: {described(different)}")
         return value
 
 
@@ -127,28 +143,30 @@ def in_workers(
     with connected(layout) as options:
         import ray
 
-        made: Any = ray.remote(Worker).options(max_restarts=-1, max_task_retries=_RETRIES, **options)
-        workers: Workers[H] = Workers([made.remote(expected, open_, _facts_of) for _ in range(layout.count)])
+        actor_class: Any = ray.remote(EngineActor).options(max_restarts=-1, max_task_retries=_RETRIES, **options)
+        actors = [actor_class.remote(expected, open_, _facts_of) for _ in range(layout.count)]
+        workers: EngineActors[H] = EngineActors(actors)
 
         def work(blocks: Iterable[Any]) -> Iterator[Any]:
-            shared: dict[str, Any] = {}  # a dataset is sent to each machine once
-
-            def sent() -> Iterator[tuple[Any, tuple[Any, ...]]]:
-                for dataset, rows in blocks:
-                    if dataset.name not in shared:
-                        shared[dataset.name] = workers.shared(dataset)
-                    yield (dataset, rows), (shared[dataset.name], rows)
-
-            return workers.map(sent(), answer)
+            return workers.map(_sent(workers, blocks), answer)
 
         yield workers.facts, work
 
 
-def _facts_of(held: Any) -> Any:
-    return held.facts
+def _sent(workers: EngineActors[H], blocks: Iterable[Any]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Each block with the arguments of its call: a dataset is sent to each machine once."""
+    sent: dict[str, Any] = {}
+    for dataset, rows in blocks:
+        if dataset.name not in sent:
+            sent[dataset.name] = workers.shared(dataset)
+        yield (dataset, rows), (sent[dataset.name], rows)
 
 
-def _nothing(held: object) -> None:
+def _facts_of(engine: Any) -> Any:
+    return engine.facts
+
+
+def _nothing(engine: object) -> None:
     """What an actor is asked first, to open."""
 
 
