@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from logo.api.bodies import (
     UNSUPPORTED,
@@ -101,6 +102,33 @@ def test_a_body_that_is_refused_names_the_field() -> None:
         with pytest.raises(ApiError, match=f"^{re.escape(field or 'body')}: .*$") as caught:
             checked(kind, valid[kind] | fields)
         assert (caught.value.status, caught.value.param) == (400, field)
+
+
+MANY = 5_000
+FAULTY_LISTS: list[tuple[type[Body], dict[str, Any]]] = [
+    (CompletionRequest, {"prompt": [None] * MANY}),
+    (CompletionRequest, {"prompt": [[None] * MANY] * 3}),
+    (CompletionRequest, {"stop": [None] * MANY}),
+    (ChatRequest, {"messages": [None] * MANY}),
+    (ChatRequest, {"messages": [{"role": 1, "content": 2}] * MANY}),
+    (ChatRequest, {"messages": [{"role": "user", "content": [None] * MANY}]}),
+    (SelectRequest, {"prompt": None, "messages": [{}] * MANY}),
+    (SelectRequest, {"logo": {"candidates": [None] * MANY}}),
+    (SelectRequest, {"logo": {"adapters": {f"a{number}": None for number in range(MANY)}}}),
+    (SelectRequest, {"logo": {f"a{number}": 1 for number in range(MANY)}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), FAULTY_LISTS, ids=range(len(FAULTY_LISTS)))
+def test_a_body_of_many_faults_is_read_up_to_the_first_ones(kind: type[Body], fields: dict[str, Any]) -> None:
+    """To describe all of a body of 1 MB would keep the event loop for seconds."""
+    body = dict(REQUESTS)[kind] | fields
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 20
+    with pytest.raises(ApiError, match=r"^[\w.\[\]]+: ") as refused:
+        checked(kind, body)
+    assert refused.value.status == 400
 
 
 def test_values_that_change_nothing_are_taken() -> None:

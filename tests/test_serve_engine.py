@@ -392,6 +392,75 @@ def test_no_request_waits_for_an_adapter_that_another_one_loads(
     assert after == (0, 0, 0) and not any(users)
 
 
+def test_answers_go_on_while_a_burst_of_prompts_is_read(llama: nn.Module, adapters: Path) -> None:
+    """Between two of their tokens, the model is given so many tokens of prompts at most."""
+    logo = engine(llama, adapters, unscorable="skip")
+    base, most = MixtureRequest({}), 64
+    rows = tiny.prompts([30] * 40, seed=8)
+    given: list[tuple[int, int]] = []  # rows and columns of each forward pass
+
+    def note(module: nn.Module, inputs: Any, options: Any) -> None:
+        given.append(tuple(options["input_ids"].shape))
+
+    async def use(service: Service) -> None:
+        mixtures = [await choose(service, Prompt.of_ids(ids), base) for ids in rows]
+        first = service.generate([Job(rows[0], mixtures[0], Sampling(200))])
+        await anext(first)
+        handle = llama.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            jobs = [Job(ids, mixture, Sampling(5)) for ids, mixture in zip(rows, mixtures, strict=True)]
+            async for _ in service.generate(jobs):
+                pass
+        finally:
+            handle.remove()
+            await first.aclose()
+
+    llama.generation_config.eos_token_id, ends = None, llama.generation_config.eos_token_id
+    try:
+        served(logo, use, memory=Memory(64, step_tokens=most))
+    finally:
+        llama.generation_config.eos_token_id = ends
+    read = 0
+    for count, width in given:
+        read = 0 if width == 1 else read + count * width
+        assert read <= most
+    assert sum(width > 1 for _, width in given) >= 40 * 29 / most
+
+
+def test_the_base_model_answers_while_a_request_waits_for_memory(llama: nn.Module, tmp_path: Path) -> None:
+    """However many have passed that one; those that need adapters pass it a limited number of times, and it is next."""
+    for i in range(2):
+        write_adapter(tmp_path / f"t{i}", llama, ("q_proj",), rank=2, seed=i)
+    size = sum(weights.A.numel() + weights.B.numel() for weights in AdapterPool.open(tmp_path)["t0"].read().values())
+    pool = AdapterPool.open(tmp_path)
+    settings = SelectionSettings("norm", k=1)
+    one_adapter = 2 * 4 * size / 1e9  # half of it is for what a batch multiplies
+    logo = LoGo(llama, tokenizer(), pool, settings=settings, adapter_memory_gb=one_adapter)
+    prompt = Prompt.of_ids(tiny.prompts([6], seed=5)[0])
+    held, other = MixtureRequest({"t0": 1.0}), MixtureRequest({"t1": 1.0})
+
+    async def use(service: Service) -> None:
+        first = await choose(service, prompt, held)
+        waiting = asyncio.create_task(choose(service, prompt, other))
+        while not service.waiting_for_memory:
+            await asyncio.sleep(0.001)
+        passing = [asyncio.create_task(choose(service, prompt, held)) for _ in range(40)]
+        while sum(task.done() for task in passing) < service.batching.schedule.most_passes:
+            await asyncio.sleep(0.001)
+        for _ in range(3):
+            await asyncio.wait_for(choose(service, prompt, MixtureRequest({})), PATIENCE)
+        assert not waiting.done() and sum(task.done() for task in passing) == service.batching.schedule.most_passes
+        for task in passing:
+            if task.done():
+                task.result().release()
+        first.release()
+        (await waiting).release()
+        for task in passing:
+            (await task).release()
+
+    served(logo, use)
+
+
 def test_other_signals_are_there_while_they_can_score_the_pool(llama: nn.Module, tmp_path: Path) -> None:
     for place, modules in (("pool/t0", ("q_proj",)), ("values", ("v_proj",))):
         write_adapter(tmp_path / place, llama, modules, rank=2, seed=1)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import shutil
+import socket
 import subprocess
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,17 @@ import httpx
 import openai
 import pytest
 
-from http_server import serving
+from http_server import eventually, serving
 from local_server import LocalServer
 from logo import AdapterPool, LoGo
+from logo.api import bodies
+from logo.api.guards import GuardSettings
+from logo.api.layers import guard
 from logo.api.listening import listening
 from logo.cli.app import run
 from logo.demo import adapters_dir
 from logo.serve import app as app_module
+from logo.serve import reading
 from logo.serve.app import AppSettings, create_app
 from logo.serve.batching import Memory
 from logo.serve.service import Service
@@ -166,6 +173,54 @@ def test_variables_of_the_chat_template_reach_it(engine: LoGo, monkeypatch: pyte
             assert name in (await ask("chat/completions", chat_template_kwargs={name: None}))["error"]["message"]
 
     asked(Service(engine, Memory()), use)
+
+
+def test_long_bodies_are_parsed_rendered_and_read_beside_the_event_loop(
+    engine: LoGo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that are long by the number of their messages or token ids."""
+    threads: list[str] = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **options: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return function(*args, **options)
+
+        return called
+
+    async def use(client: httpx.AsyncClient) -> None:
+        messages = [{"role": "user", "content": ""}] * 5_000
+        for path, body in (
+            ("chat/completions", {"messages": messages}),
+            ("logo/select", {"messages": messages}),
+            ("completions", {"prompt": [5] * 5_000}),
+            ("completions", {"prompt": "word " * 5_000}),
+            ("completions", {"prompt": "x", "user": "y" * 20_000}),
+        ):
+            threads.clear()
+            await client.post(f"/v1/{path}", json={"model": "demo", **body})
+            assert len(threads) >= 2 and main not in threads, path
+
+    main = threading.current_thread().name
+    for name in ("read", "chat"):
+        monkeypatch.setattr(reading, name, noted(getattr(reading, name)))
+    monkeypatch.setattr(bodies, "read_json", noted(bodies.read_json))
+    asked(Service(engine, Memory()), use)
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_failure_of_the_server(
+    engine: LoGo, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    app = guard(create_app(Service(engine, Memory()), AppSettings("demo")), GuardSettings())
+    with caplog.at_level(logging.INFO, "logo.access"), serving(app) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head + b'Content-Length: 100\r\n\r\n{"a":')
+        eventually(lambda: caplog.records)
+        assert caplog.records[0].__dict__["fields"]["disconnected"]
+        assert failures(httpx.get(f"{url}/metrics").text) == {}
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_head_is_answered_like_get_without_a_body(engine: LoGo) -> None:

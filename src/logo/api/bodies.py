@@ -24,7 +24,9 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 # A list of at least one. It is read up to its first fault: thousands of them would keep the event loop for seconds.
 Listed = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
 Tokens = Listed[Annotated[int, Field(strict=True)]]
-StopTexts = tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...]
+StopTexts = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...], Field(max_length=4, fail_fast=True)
+]
 _MOST_FIELDS = 1000  # of an object whose every field may be wrong, which pydantic reads to the end
 
 
@@ -249,7 +251,7 @@ class _Generation(ModelRequest):
     n: Annotated[int, Field(ge=1, le=16)] = 1
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     # The texts before which an answer ends.
-    stop: Annotated[StopTexts, Field(max_length=4), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)] = ()
+    stop: Annotated[StopTexts, BeforeValidator(lambda stop: (stop,) if isinstance(stop, str) else stop)] = ()
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False

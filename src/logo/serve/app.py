@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -111,10 +111,7 @@ class _Api:
             # A web page elsewhere cannot send JSON that is called so without asking first.
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise bad_request("expected a JSON object and 'Content-Type: application/json', found another type")
-            try:
-                raw = await request.body()
-            except ClientDisconnect:
-                raise _client_left() from None
+            raw = await request.body()
             body = await beside_the_loop(len(raw), lambda: bodies.checked(kind, bodies.read_json(raw)))
             working = asyncio.ensure_future(answer(request, body))
             watching = asyncio.ensure_future(_cancel_when_the_client_leaves(request, working))
@@ -123,7 +120,7 @@ class _Api:
             except asyncio.CancelledError:
                 if not watching.done():  # somebody else has cancelled both
                     raise
-                raise _client_left() from None
+                raise bad_request("the client has left", None, "client_left", 499) from None  # as in nginx's logs
             finally:
                 watching.cancel()
 
@@ -410,10 +407,6 @@ async def _cancel_when_the_client_leaves(request: Request, working: asyncio.Futu
     while (await request.receive())["type"] != "http.disconnect":
         pass
     working.cancel()
-
-
-def _client_left() -> ApiError:
-    return bad_request("the client has left", None, "client_left", 499)  # as in nginx's logs
 
 
 def _inside(root: Path, path: str) -> Path:

@@ -12,9 +12,9 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ class Service:
         self._selecting = ThreadPoolExecutor(1, "logo-select")
         self._line: deque[_Waiting] = deque()  # two threads may use its two ends
         self._memory_turn = asyncio.Lock()  # of the request that waits for the memory of adapters
-        self._passes = 0  # how many requests have passed that one
+        self.waiting_for_memory = 0  # how many requests wait for it, or behind it
+        self._passes = 0  # how many requests have passed the one that waits
         self._silent = set[str]()  # the adapters of which a warning says that they do not act
 
     async def close(self) -> None:
@@ -95,8 +96,8 @@ class Service:
 
     @property
     def waiting(self) -> int:
-        """The number of prompts and answers that wait to be probed or generated."""
-        return len(self._line) + self.batching.waiting
+        """The number of prompts, requests and answers that wait to be probed, for memory, or to be generated."""
+        return len(self._line) + self.waiting_for_memory + self.batching.waiting
 
     def usable(self, patterns: Patterns | None) -> Collection[str]:
         """The names of the adapters that an API key may use which is bound to these patterns; None: all."""
@@ -156,7 +157,7 @@ class Service:
             _release(mixtures)
             raise
         self._check_fits(mixtures)
-        async with self._memory_turn:  # in turn, since several would take what becomes free from each other
+        async with self._turn():  # since several would take what becomes free from each other
             self._passes = 0
             return await self._loaded_when_there_is_room(mixtures)
 
@@ -165,10 +166,20 @@ class Service:
         needs_adapters = request.adapters is None or any(request.adapters.values())
         someone_waits = self._memory_turn.locked()
         if self.batching.schedule.waits_for_memory(needs_adapters, someone_waits, self._passes):
-            async with self._memory_turn:
+            async with self._turn():
                 pass
         elif needs_adapters and someone_waits:
             self._passes += 1
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """The block begins when no earlier request waits for memory."""
+        self.waiting_for_memory += 1
+        try:
+            async with self._memory_turn:
+                yield
+        finally:
+            self.waiting_for_memory -= 1
 
     def _check_fits(self, mixtures: Sequence[HeldMixture]) -> None:
         """Raises ApiError if the adapters of a request have no room even if no other request holds any."""
