@@ -58,11 +58,13 @@ class ApiError(Exception):
         if isinstance(error, NotFinite):
             return failed(line, "not_finite")
         if isinstance(error, (NotReady, CacheFull)):  # there may be room once other requests are done
-            closing = {"Connection": "close"} if isinstance(error, NotReady) else {}
-            return failed(line, "unavailable", 503, {"Retry-After": "1", **closing})
+            headers = {"Retry-After": "1"}
+            if isinstance(error, NotReady):
+                headers["Connection"] = "close"
+            return failed(line, "unavailable", 503, headers)
         if is_out_of_memory(error):
-            said = "out of memory for this request; send a shorter prompt or ask for fewer tokens"
-            return failed(said, "unavailable", 503)
+            advice = "out of memory for this request; send a shorter prompt or ask for fewer tokens"
+            return failed(advice, "unavailable", 503)
         # The log holds the cause under this id.
         where = f" (request id {request_id})" if request_id else ""
         return failed(f"the server failed to answer{where}", "internal_error")

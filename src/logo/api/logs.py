@@ -15,7 +15,8 @@ from typing import Any
 
 # The request that is being answered; None outside of any.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-_FIRST = ("adapters", "confidence")
+_IN_THE_MESSAGE = ("method", "path", "status")
+_OF_THE_FIRST = ("adapters", "confidence")
 
 
 class RequestIds(logging.Filter):
@@ -31,11 +32,13 @@ class Lines(logging.Formatter):
     first."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told = ("method", "path", "status", "selections")
-        fields = getattr(record, "fields", {})
-        first = {k: v for one in fields.get("selections", [])[:1] for k, v in one.items() if k in _FIRST}
-        more = [f"{k}={json.dumps(v)}" for k, v in {**fields, **first}.items() if k not in told]
-        return " ".join([super().format(record), *more])
+        fields = dict(getattr(record, "fields", {}))
+        for name in _IN_THE_MESSAGE:
+            fields.pop(name, None)
+        selections = fields.pop("selections", [])
+        if selections:
+            fields |= {name: value for name, value in selections[0].items() if name in _OF_THE_FIRST}
+        return " ".join([super().format(record), *(f"{name}={json.dumps(value)}" for name, value in fields.items())])
 
 
 class JsonLines(logging.Formatter):
@@ -47,7 +50,8 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
         }
-        if (name := getattr(record, "request_id", "-")) != "-":
+        name = getattr(record, "request_id", "-")
+        if name != "-":
             entry["request_id"] = name
         entry |= getattr(record, "fields", None) or {"message": record.getMessage()}
         if record.exc_info:

@@ -59,42 +59,56 @@ class Models:
         """The mixture that a model's name and the field `logo` request; ApiError: there is no such model or adapter, or
         the options do not fit it."""
         options = options or LogoOptions()
-        forced = None if model == AUTO else {} if model == self.base else self._weighted(model)
-        for param in ("adapters", "candidates"):
-            for name in getattr(options, param) or ():
-                self._check(name, f"logo.{param}")
-        if options.signal is not None and options.signal not in self.signals:
-            known = f"{', '.join(self.signals)}, which this server was started with"
-            said = f"logo.signal: expected one of {known}, found {shown(options.signal)}"
-            raise bad_request(said, "logo.signal")
-        if forced is not None and options.selecting:
-            said = ", ".join(map(repr, options.selecting))
-            raise bad_request(f"logo: model {shown(model)} does not select adapters; leave out {said}", "logo")
+        weights = self._weights_of(model)
+        self._check_options(options)
+        if weights is not None and options.selecting:
+            selecting = ", ".join(map(repr, options.selecting))
+            raise bad_request(f"logo: model {shown(model)} does not select adapters; leave out {selecting}", "logo")
         if options.adapters is not None:
-            forced = options.adapters
-        return MixtureRequest(forced, options.selecting, self.patterns)
+            weights = options.adapters
+        return MixtureRequest(weights, options.selecting, self.patterns)
 
-    def _weighted(self, model: str) -> dict[str, float]:
-        """The mixture that the name of an adapter, or of several with their weights, means."""
+    def _weights_of(self, model: str) -> dict[str, float] | None:
+        """The mixture that a model's name means; None: the prompt selects it."""
+        if model == AUTO:
+            return None
+        if model == self.base:
+            return {}
         if model in self.adapters:
             return {model: 1.0}
-        found: dict[str, float] = {}
+        weights: dict[str, float] = {}
         for term in model.split("+"):
-            name, colon, text = term.rpartition(":")
-            name, weight = name if colon else term, math.nan
-            self._check(name, "model")
-            with suppress(ValueError):
-                weight = float(text) if colon and name not in found else math.nan
-            if not -1e6 < weight < 1e6:
+            name, weight = self._weighted(term)
+            if not -1e6 < weight < 1e6 or name in weights:
                 expected = "expected each adapter once, with a weight between -1e6 and 1e6, as in 'a:0.7+b:0.3'"
                 raise bad_request(f"model: {expected}, found {shown(term)}", "model")
-            found[name] = weight
-        return found
+            weights[name] = weight
+        return weights
 
-    def _check(self, name: str, param: str) -> None:
+    def _weighted(self, term: str) -> tuple[str, float]:
+        """The adapter and the weight of a term such as `a:0.7`; NaN: it has none."""
+        name, colon, number = term.rpartition(":")
+        if not colon:
+            name = term
+        self._check_name(name, "model")
+        with suppress(ValueError):
+            return name, float(number) if colon else math.nan
+        return name, math.nan
+
+    def _check_options(self, options: LogoOptions) -> None:
+        """Raises ApiError for adapters or a signal that are not there."""
+        for param in ("adapters", "candidates"):
+            for name in getattr(options, param) or ():
+                self._check_name(name, f"logo.{param}")
+        if options.signal is not None and options.signal not in self.signals:
+            choices = f"{', '.join(self.signals)}, which this server was started with"
+            expected = f"expected one of {choices}, found {shown(options.signal)}"
+            raise bad_request(f"logo.signal: {expected}", "logo.signal")
+
+    def _check_name(self, name: str, param: str) -> None:
         if name not in self.adapters:
-            known = (AUTO, self.base, *self.adapters) if param == "model" else self.adapters
-            raise model_not_found(name, closest(name, known), param)
+            names = (AUTO, self.base, *self.adapters) if param == "model" else self.adapters
+            raise model_not_found(name, closest(name, names), param)
 
     def check_new(self, name: str, *, replace: bool, others: Collection[str] = ()) -> None:
         """Raises ApiError unless an adapter of this name may be added, or `replace` one of the same name; `others` are
@@ -115,22 +129,23 @@ def read_key_adapters(file: Path) -> dict[str, Patterns]:
     """Reads a JSON file: API key -> names of adapters, or patterns such as `"team-a/*"`. StorageError, or UsageError if
     it is malformed, whose message never shows a key."""
     try:
-        found = _KEYS.validate_json(file.read_bytes())
+        names_by_key = _KEYS.validate_json(file.read_bytes())
     except OSError as error:
         raise StorageError(f"--key-adapters {file}: cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
         expected = 'expected JSON such as {"KEY": ["team-a/*", "translate"]}'
         raise UsageError(f"--key-adapters {file}: {expected}, found: {error.errors()[0]['msg']}") from None
-    return {key: tuple(names) for key, names in found.items()}
+    return {key: tuple(names) for key, names in names_by_key.items()}
 
 
 @lru_cache(maxsize=512)
 def usable(names: tuple[str, ...], patterns: Patterns) -> tuple[str, ...]:
     """The names that match the patterns."""
-    return tuple(name for name in names if any(name == one or fnmatchcase(name, one) for one in patterns))
+    return tuple(name for name in names if any(name == own or fnmatchcase(name, own) for own in patterns))
 
 
 def unmatched(names: Iterable[str], keys: Mapping[str, Patterns]) -> list[str]:
     """The distinct patterns that no adapter matches, in order."""
-    listed, patterns = tuple(names), dict.fromkeys(pattern for own in keys.values() for pattern in own)
-    return [pattern for pattern in patterns if not usable(listed, (pattern,))]
+    names = tuple(names)
+    patterns = dict.fromkeys(pattern for own in keys.values() for pattern in own)
+    return [pattern for pattern in patterns if not usable(names, (pattern,))]

@@ -19,14 +19,19 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, cache: BatchedCache, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self.dtype, self.device, self._cache = keys.dtype, keys.device, cache
+        self.keys = keys
+        self.values = values
+        self.is_initialized = True
+        self.dtype = keys.dtype
+        self.device = keys.device
+        self._cache = cache
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Writes the new column; all columns up to it, (rows, heads, columns + 1, size)."""
-        at = self._cache.columns
-        self.keys[:, :, at : at + 1], self.values[:, :, at : at + 1] = key_states, value_states
-        return self.keys[:, :, : at + 1], self.values[:, :, : at + 1]
+        column = self._cache.columns
+        self.keys[:, :, column : column + 1] = key_states
+        self.values[:, :, column : column + 1] = value_states
+        return self.keys[:, :, : column + 1], self.values[:, :, : column + 1]
 
     def get_seq_length(self, *_: Any) -> int:
         """The columns before the step."""
@@ -43,22 +48,24 @@ class BatchedCache:
         self._most = most
         self.columns = 0  # that are filled, padding included; whoever has computed a step adds one
         self._starts: list[int] = []  # the first column of each row that is no padding
-        self._layers = [(one.keys[:0, :, :0].clone(), one.values[:0, :, :0].clone()) for one in cache.layers]
+        self._layers = [_empty(layer.keys, layer.values) for layer in cache.layers]
         self._seen: dict[tuple[int, int], Cache] = {}
 
     def join(self, cache: DynamicCache, lengths: Sequence[int], places: Sequence[int]) -> None:
         """Puts the rows of a batch that is padded on the left, of so many tokens each, in the places of rows that are
         not needed any more, or behind the last one."""
-        count, longest = max(len(self._starts), *(place + 1 for place in places)), max(lengths)
+        count = max(len(self._starts), *(place + 1 for place in places))
+        longest = max(lengths)
         if longest > self.columns or count > len(self._layers[0][0]):
             self._lay_out(count, longest, places)
-        for number, pair in enumerate(self._layers):
-            for which, own in enumerate(pair):
-                for row, (place, length) in enumerate(zip(places, lengths, strict=True)):
-                    start = self.columns - length
+        for row, (place, length) in enumerate(zip(places, lengths, strict=True)):
+            start = self.columns - length
+            for number, own_pair in enumerate(self._layers):
+                for own in own_pair:
                     own[place, :, :start] = 0  # what is masked must be finite
-                    if length:
-                        new = (cache.layers[number].keys, cache.layers[number].values)[which]
+                if length:  # else the batch may have no layers
+                    layer = cache.layers[number]
+                    for own, new in zip(own_pair, (layer.keys, layer.values), strict=True):
                         own[place, :, start : self.columns] = new[row, :, new.shape[2] - length :]
         self._starts += [0] * (count - len(self._starts))
         for place, length in zip(places, lengths, strict=True):
@@ -74,7 +81,7 @@ class BatchedCache:
         self._starts.pop()
         if not self._starts:
             self.columns = 0
-            self._layers = [(keys[:0, :, :0].clone(), values[:0, :, :0].clone()) for keys, values in self._layers]
+            self._layers = [_empty(keys, values) for keys, values in self._layers]
             self._seen.clear()
 
     def make_room(self) -> None:
@@ -84,20 +91,22 @@ class BatchedCache:
 
     def _lay_out(self, count: int, length: int = 0, new: Sequence[int] = ()) -> None:
         """Copies all rows but `new` ones into tensors for so many, without padding in front of the longest row."""
-        kept = [(row, start) for row, start in enumerate(self._starts) if row not in new]
-        columns = max([length, *(self.columns - start for _, start in kept)])
-        moved, layers = columns - self.columns, []
+        old_starts = {row: start for row, start in enumerate(self._starts) if row not in new}
+        columns = max([length, *(self.columns - start for start in old_starts.values())])
+        shift = columns - self.columns
         width = columns + max(1, min(_MORE, self._most // count - columns))
-        rows = count + max(0, min(count, _SPARE, self._most // width - count))
-        for pair in self._layers:
-            made = []
-            for own in pair:
-                tensor = own.new_zeros(rows, own.shape[1], width, own.shape[3])
-                for row, start in kept:
-                    tensor[row, :, start + moved : columns] = own[row, :, start : self.columns]
-                made.append(tensor)
-            layers.append((made[0], made[1]))
-        self._layers, self.columns, self._starts = layers, columns, [start + moved for start in self._starts]
+        spare_rows = max(0, min(count, _SPARE, self._most // width - count))
+
+        def laid_out(old: Tensor) -> Tensor:
+            tensor = old.new_zeros(count + spare_rows, old.shape[1], width, old.shape[3])
+            for row, start in old_starts.items():
+                tensor[row, :, start + shift : columns] = old[row, :, start : self.columns]
+            return tensor
+
+        # All of them before any takes its place: where memory is short, the rows stay as they were.
+        self._layers = [(laid_out(keys), laid_out(values)) for keys, values in self._layers]
+        self.columns = columns
+        self._starts = [start + shift for start in self._starts]
         self._seen.clear()
 
     def seen(self, begin: int, end: int) -> tuple[Tensor, Tensor, Cache]:
@@ -108,3 +117,8 @@ class BatchedCache:
         starts = torch.tensor(self._starts[begin:end])[:, None]
         mask = (torch.arange(self.columns + 1) >= starts).long()
         return mask, self.columns - starts, self._seen[begin, end]
+
+
+def _empty(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Tensors of these shapes without rows and columns."""
+    return keys[:0, :, :0].clone(), values[:0, :, :0].clone()

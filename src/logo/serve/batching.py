@@ -237,7 +237,8 @@ class Batching:
             yield
         finally:
             with self._change:
-                self._pausing, self._inside = self._pausing - 1, self._inside - 1
+                self._pausing -= 1
+                self._inside -= 1
                 self._owed = bool(self._waiting or self._active)
                 self._change.notify_all()
 
@@ -306,7 +307,8 @@ class Batching:
                     self._step()
         finally:
             with self._change:
-                self._stopped, self._stepping = True, False
+                self._stopped = True
+                self._stepping = False
                 self._change.notify_all()
             for job in (*self._active, *self._waiting):
                 job.error = job.error or NotReady(STOPPED)
@@ -319,7 +321,8 @@ class Batching:
             self._stepping = False
             self._change.notify_all()
             self._change.wait_for(self._may_step)
-            self._stepping, self._owed = not self._stopped, False
+            self._stepping = not self._stopped
+            self._owed = False
             return self._stepping
 
     def _may_step(self) -> bool:
@@ -469,7 +472,9 @@ class Batching:
         """Ends an answer that cannot be generated."""
         _log.warning("an answer cannot be generated: %s", type(error).__name__, exc_info=error)
         traceback.clear_frames(error.__traceback__)
-        job.error, job.ended, job.cache = error, True, None
+        job.error = error
+        job.ended = True
+        job.cache = None
         self._news.append(job)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -78,15 +78,18 @@ class Packed:
     def gate(self, rows: Sequence[HeldMixture]) -> None:
         """Sets the mixtures of a batch of rows, in which all adapters act."""
         self.clear()  # frees the memory of the copies, should others be needed
-        if used := _used(rows):
-            stacks = self._cache.stacks(used, grows=True)
-            self._gates, self._stacks = Gates(_placed(stacks, rows)[0]), stacks.modules
+        residents = _residents(rows)
+        if residents:
+            stacks = self._cache.stacks(residents, grows=True)
+            weights, _ = _placed(stacks, rows)
+            self._gates = Gates(weights)
+            self._stacks = stacks.modules
 
     @contextmanager
     def opening(self, model: nn.Module, rows: Sequence[HeldMixture], pads: Tensor) -> Iterator[None]:
         """Sets the mixtures of prompts inside the block, with so many columns of padding in front (rows, 1)."""
         self.clear()
-        stacks = Stacks.of(_used(rows))
+        stacks = Stacks.of(_residents(rows))
         weights, begins = _placed(stacks, rows)
         try:
             with opening(model, weights, torch.where(begins > 0, begins + pads, 0)) as self._gates:
@@ -100,16 +103,18 @@ class Packed:
         return None if stack is None else added(stack, self._gates, module, inputs, output)
 
 
-def _used(rows: Sequence[HeldMixture]) -> Hold:
+def _residents(rows: Sequence[HeldMixture]) -> Hold:
+    """The adapters of some rows, each once."""
     return tuple(dict.fromkeys(resident for row in rows for resident in row.hold))
 
 
 def _placed(stacks: Stacks, rows: Sequence[HeldMixture]) -> tuple[Tensor, Tensor]:
     """The weight of each resident of the stacks in each row, and where it begins to act: (rows, n) each."""
-    place = {resident: column for column, resident in enumerate(stacks.residents)}
-    weights, begins = torch.zeros(len(rows), len(place)), torch.zeros(len(rows), len(place), dtype=torch.int64)
-    for at, row in enumerate(rows):
-        for resident, (name, weight) in zip(row.hold, row.mixture.weights.items(), strict=True):
-            weights[at, place[resident]] += weight  # one file may have two names
-            begins[at, place[resident]] = row.mixture.begins.get(name, 0)
+    columns = {resident: column for column, resident in enumerate(stacks.residents)}
+    weights = torch.zeros(len(rows), len(columns))
+    begins = torch.zeros(len(rows), len(columns), dtype=torch.int64)
+    for row, held in enumerate(rows):
+        for resident, (name, weight) in zip(held.hold, held.mixture.weights.items(), strict=True):
+            weights[row, columns[resident]] += weight  # one file may have two names
+            begins[row, columns[resident]] = held.mixture.begins.get(name, 0)
     return weights, begins

@@ -25,7 +25,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service, self._started = service, started
+        self._service = service
+        self._started = started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to listen."""
