@@ -46,14 +46,14 @@ def plugins_forgotten(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     """Forgets the plugins that a test has registered, and the modules that it has imported from folders of its own."""
     from logo import plugins
 
-    kept = [(one, dict(one), dict(one.sources), dict(one._places)) for one in plugins._REGISTRIES]
+    kept = [(one, dict(one), dict(one.definitions), dict(one._places)) for one in plugins._REGISTRIES]
     loaded = dict(plugins._LOADED)
     modules, path, temporary = set(sys.modules), list(sys.path), str(tmp_path_factory.getbasetemp())
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(plugins.VARIABLE, raising=False)
         yield
     for registry, *before in kept:
-        for held, entries in zip((registry, registry.sources, registry._places), before, strict=True):
+        for held, entries in zip((registry, registry.definitions, registry._places), before, strict=True):
             held.clear()
             held.update(entries)
     for name in set(sys.modules) - modules:

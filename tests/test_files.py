@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
 from logo.cli.output import check_writable
 from logo.errors import AdapterError, StorageError, UsageError
-from logo.files import new_folder, write_cached
+from logo.files import Store, new_folder, write_cached
 from logo.identity import content_stamp
 from test_engine import engine, write_adapter
 from tolerances import same_selection
@@ -237,6 +238,19 @@ def test_weights_rewritten_in_place_with_size_and_time_kept_are_noticed(signal: 
     again = opened(cache=str(tmp_path / "cache")).select("w3 w4 w5")
     same_selection(again, opened(cache="").select("w3 w4 w5"))
     assert abs(again.scores["t1"] - before.scores["t1"]) > 1e-3
+
+
+def test_what_a_store_holds_stays_whatever_happens_to_its_file(tmp_path: Path) -> None:
+    """A view of the file would change with it, or end the process."""
+    Store(tmp_path).put("responses", {"a": torch.ones(1000)})
+    store = Store(tmp_path)
+    tensors = store.get("responses")
+    with open(tmp_path / "responses.safetensors", "r+b") as file:
+        file.seek(-2000, os.SEEK_END)
+        file.write(bytes(2000))
+    assert tensors["a"].equal(torch.ones(1000)) and store.get("responses")["a"].equal(torch.ones(1000))
+    os.truncate(tmp_path / "responses.safetensors", 0)
+    assert tensors["a"].equal(torch.ones(1000))
 
 
 ASKED = """

@@ -21,7 +21,7 @@ from logo.baselines.method import METHODS
 from logo.cli.app import run
 from logo.evaluation.answer import engine_identity
 from logo.evaluation.metrics import METRICS, checked_kind, measure, measures
-from logo.plugins import Registry, Source
+from logo.plugins import Definition, Registry
 from logo.recorded import without_secrets
 from logo.selection.signals import SIGNALS, get_signal, register_signal
 from serving import served
@@ -127,7 +127,7 @@ def test_our_names_are_taken(registry: Registry[Any], site: Path) -> None:
     for name in ("", "two words", "a,b", "a=b", "1st", "a.b", "ä"):
         with pytest.raises(UsageError, match="expected a name of letters, digits"):
             registry.add(name, mine, mine)
-    assert not registry.sources
+    assert not registry.definitions
     load(site, "signals", SIGNAL)
     with pytest.raises(PluginError, match=r"plug_second:quiet.*the name is taken by plug_signals:quiet"):
         load(site, "second", SIGNAL)
@@ -143,14 +143,15 @@ def test_a_digest_is_of_the_whole_package(tmp_path: Path, monkeypatch: pytest.Mo
         (package / file).touch()
     (package / "mine.py").write_text("def f(): ...")
     definition = importlib.import_module("plug_whole.inner.mine").f
-    first = Source.of(definition)
+    first = Definition.of(definition)
     assert (first.place, first.folder) == ("plug_whole.inner.mine:f", str(tmp_path))
-    assert Source.of(definition) == first
+    assert Definition.of(definition) == first
     (package / "helps.py").write_text("x = 2")
-    assert Source.of(definition).digest != first.digest
+    assert Definition.of(definition).digest != first.digest
     space: dict[str, Any] = {"__name__": "plug_nowhere"}
     exec("def f(): ...", space)  # as in a prompt: nobody knows its text
-    assert Source.of(space["f"]).folder is None and Source.of(space["f"]).digest != Source.of(space["f"]).digest
+    nowhere = Definition.of(space["f"])
+    assert nowhere.folder is None and nowhere.digest != Definition.of(space["f"]).digest
 
 
 # -- what they compute -------------------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def test_the_identity_of_a_run_names_code_of_others_only(site: Path) -> None:
     assert "plugin" not in engine_identity(LoGo.from_pretrained("demo", k=2, signal="norm"), "demo", {})
     assert "plugin" not in get_method("random").as_dict()
     engine = LoGo.from_pretrained("demo", k=2, signal="quiet")
-    assert engine_identity(engine, "demo", {})["plugin"] == SIGNALS.source("quiet")
+    assert engine_identity(engine, "demo", {})["plugin"] == SIGNALS.definition("quiet")
     third = get_method("third", api_key="hidden").as_dict()
     assert third["plugin"].startswith("plug_others:third ") and "hidden" not in str(third)
     assert third != get_method("third", api_key="other").as_dict()

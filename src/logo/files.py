@@ -37,7 +37,7 @@ def walked(root: Path) -> Iterator[Path]:
             continue
         seen.add((stat.st_dev, stat.st_ino))
         folders.sort(key=lambda name: (os.path.islink(os.path.join(current, name)), name))
-        yield from (path for name in files if (path := Path(current, name)).is_file())
+        yield from (path for path in (Path(current, name) for name in files) if path.is_file())
 
 
 def replace_file(file: Path, content: bytes, *, sync: bool = True) -> None:
@@ -194,8 +194,8 @@ def write_cached(cache: Path, name: str, content: bytes) -> bool:
         if cache not in _refusing:
             _refusing.add(cache)
             problem = f"nothing can be kept in {cache}: {getattr(error.__cause__, 'strerror', None) or error}"
-            said = f"{problem}; it is computed anew each time (LOGO_CACHE names another folder)"
-            warnings.warn(said, stacklevel=3)
+            hint = "it is computed anew each time (LOGO_CACHE names another folder)"
+            warnings.warn(f"{problem}; {hint}", stacklevel=3)
         return False
 
 
@@ -220,7 +220,8 @@ class Store:
         if name in self._held or self._folder is None:
             return self._held.get(name, {})
         tensors: dict[str, Tensor] = read_cached(self._folder / f"{name}.safetensors", load_file) or {}
-        if tensors and hold:
+        if tensors and hold:  # copies, since what safetensors gives are views of the file
+            tensors = {key: tensor.clone() for key, tensor in tensors.items()}
             self._held[name] = tensors
         return tensors
 
@@ -229,10 +230,10 @@ class Store:
         from safetensors.torch import save
 
         self._used.add(name)
-        given, file = {key: tensor.contiguous() for key, tensor in tensors.items()}, f"{name}.safetensors"
-        written = self._folder is not None and write_cached(self._folder, file, save(given))
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        written = self._folder is not None and write_cached(self._folder, f"{name}.safetensors", save(contiguous))
         if hold or not (written or hold is None):
-            self._held[name] = given
+            self._held[name] = contiguous
         if hold is False:
             self._large.add(name)
 

@@ -146,7 +146,8 @@ def is_lasting(error: HubError) -> bool:
     from huggingface_hub import errors
 
     absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
-    chain, closed = list(causes(error)), (errors.GatedRepoError, errors.DisabledRepoError)
+    closed = (errors.GatedRepoError, errors.DisabledRepoError)
+    chain = list(causes(error))
     return len(chain) == 1 or any(isinstance(link, (*absent, *closed)) for link in chain)
 
 
@@ -161,7 +162,9 @@ def _reason(repo_id: str, error: BaseException, revision: str | None) -> str | N
     """What one link of the chain means; None if it only wraps another or is not known."""
     from huggingface_hub import constants, errors
 
-    hub, page, kind = constants.ENDPOINT, f"{constants.ENDPOINT}/{repo_id}", type(error).__name__
+    hub = constants.ENDPOINT
+    page = f"{hub}/{repo_id}"
+    kind = type(error).__name__
     match error:
         case errors.GatedRepoError():
             who = " and this token's account is not on the list" if error.response.status_code == 403 else ""

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 KEY_DIGITS = 16  # hexadecimal digits of an adapter's key, and of a pool's digest: 64 bits
 _ELSEWHERE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})  # of a configuration
 _LAST_CALL = ("padding", "truncation")  # of a tokenizer
-_SAMPLE, _CALIBRATED = 16, 64  # weights of each parameter, in the digest of weights and in that of calibrations
+# Weights of each parameter, in the digest of weights and in that of calibrations.
+_SAMPLE = 16
+_CALIBRATED = 64
 _TEXT = "  It's 1,234 km  to Zürich\n\tand\u00a0back: e\u0301 \U0001f600"  # a text that tokenizers split differently
 
 _SETTLED = 2e9  # ns after which a further change of a file gets another stamp on every file system
@@ -43,26 +45,29 @@ def content_stamp(path: str | os.PathLike[str]) -> Stamp:
 
 def of_content(path: str | os.PathLike[str], what: str, find: Callable[[], str]) -> str:
     """What `find` says of a file's content, in one line, asked once by all processes until the file has changed."""
-    stamp, now = content_stamp(path), time.time_ns()
+    stamp = content_stamp(path)
+    now = time.time_ns()
     key = what, stamp
-    if key not in _known:
-        folder, name = cache_folder(None), f"files/{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
+    if key in _known:
+        return _known[key]
+    folder = cache_folder(None)
+    name = f"files/{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
 
-        def kept(file: Path) -> str:
-            said = file.read_text()
-            if not (said.startswith(f"{what} ") and said.endswith("\n")):
-                raise ValueError(f"expected one line about {what}")
-            return said[len(what) + 1 : -1]
+    def written(file: Path) -> str:
+        line = file.read_text()
+        if not (line.startswith(f"{what} ") and line.endswith("\n")):
+            raise ValueError(f"expected one line about {what}")
+        return line[len(what) + 1 : -1]
 
-        found = None if folder is None else read_cached(folder / name, kept)
-        if found is None:
-            found = find()
-            if content_stamp(path) != stamp or now - max(stamp[1], stamp[3]) < _SETTLED:
-                return found  # it was written to meanwhile, or may have been without another stamp
-            if folder is not None:
-                write_cached(folder, name, f"{what} {found}\n".encode())
-        _known[key] = found
-    return _known[key]
+    finding = None if folder is None else read_cached(folder / name, written)
+    if finding is None:
+        finding = find()
+        if content_stamp(path) != stamp or now - max(stamp[1], stamp[3]) < _SETTLED:
+            return finding  # it was written to meanwhile, or may have been without another stamp
+        if folder is not None:
+            write_cached(folder, name, f"{what} {finding}\n".encode())
+    _known[key] = finding
+    return finding
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -121,20 +126,20 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """The SHA-256 of how a tokenizer makes prompts of conversations and texts of answers, in hex."""
-    said = {name: getattr(tokenizer, name, None) for name in ("chat_template", "clean_up_tokenization_spaces")}
-    return fingerprint(said)
+    settings = ("chat_template", "clean_up_tokenization_spaces")
+    return fingerprint({name: getattr(tokenizer, name, None) for name in settings})
 
 
 def config_digest(config: PretrainedConfig) -> str:
     """The SHA-256 of a base model's configuration, without its path and what is recorded elsewhere, in hex."""
-    return fingerprint({"config": _said(config.to_dict())})
+    return fingerprint({"config": _without_elsewhere(config.to_dict())})
 
 
-def _said(content: Any) -> Any:
+def _without_elsewhere(content: Any) -> Any:
     """The content without the keys in `_ELSEWHERE`, also in nested configurations of a multimodal model."""
     if not isinstance(content, Mapping):
         return content
-    return {str(key): _said(value) for key, value in content.items() if key not in _ELSEWHERE}
+    return {str(key): _without_elsewhere(value) for key, value in content.items() if key not in _ELSEWHERE}
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -149,7 +154,8 @@ def weights_digest(model: PreTrainedModel) -> str:
 def base_digest(model: nn.Module) -> str:
     """The digest of a base model by which calibrations are kept: its configuration, and a sample of its weights. vLLM's
     skeleton carries a `sample` of each tensor, and in `others` a digest of what else its checkpoint has."""
-    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}  # type: ignore[union-attr,operator]
+    config = model.config.to_dict()  # type: ignore[union-attr,operator]
+    settings = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in stored(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

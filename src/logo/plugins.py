@@ -41,7 +41,7 @@ def running(plugin: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Source:
+class Definition:
     """Where a plugin is defined (`module:Object`), the SHA-256 in hex of its file or top-level package, and the folder
     that it is imported from, None where no other process can import it, as from a notebook."""
 
@@ -50,57 +50,58 @@ class Source:
     folder: str | None
 
     @classmethod
-    def of(cls, definition: Any) -> Source:
-        """The source of a function or class."""
-        name: str = definition.__module__
+    def of(cls, plugin: Any) -> Definition:
+        """The definition of a function or class."""
+        name: str = plugin.__module__
         file = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
         if file is None:
             try:
-                text = inspect.getsource(definition).encode()
+                text = inspect.getsource(plugin).encode()
             except (OSError, TypeError):  # as in a prompt: nobody knows its text, and could notice a change
                 text = os.urandom(16)
-            return cls(_place(definition), hashlib.sha256(text).hexdigest(), None)
+            return cls(_place(plugin), hashlib.sha256(text).hexdigest(), None)
         top = Path(file).absolute()
         package = top.stem == "__init__"
-        text = b"".join(one.read_bytes() for one in (sorted(top.parent.rglob("*.py")) if package else [top]))
+        files = sorted(top.parent.rglob("*.py")) if package else [top]
+        text = b"".join(source.read_bytes() for source in files)
         folder = None if name == "__main__" else str(top.parents[package])
-        return cls(_place(definition), hashlib.sha256(text).hexdigest(), folder)
+        return cls(_place(plugin), hashlib.sha256(text).hexdigest(), folder)
 
     def __str__(self) -> str:
         return f"{self.place} {self.digest}"
 
 
 class Registry(dict[str, T]):
-    """The signals, methods or metrics (`kind`, for messages) by name, and the `sources` of those that are plugins.
+    """The signals, methods or metrics (`kind`, for messages) by name, and the `definitions` of those that are plugins.
     Raises UsageError when a name is looked up that nobody registers."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.sources: dict[str, Source] = {}
+        self.definitions: dict[str, Definition] = {}
         self._places: dict[str, str] = {}
         _REGISTRIES.append(self)
 
-    def add(self, name: str, value: T, definition: Any) -> None:
+    def add(self, name: str, value: T, plugin: Any) -> None:
         """Registers a value that comes from a function or class. If a module is reloaded, its new definition replaces
         the old one. Raises UsageError for a name that is taken or cannot be one."""
-        place = _place(definition)
+        place = _place(plugin)
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise UsageError(f"{self.kind} {name!r} ({place}): expected a name of letters, digits, '-' and '_'")
         taken = self._places.setdefault(name, place)
         if taken != place:
             raise UsageError(f"{self.kind} {name!r} ({place}): the name is taken by {taken}; choose another one")
         if not place.startswith("logo."):
-            self.sources[name] = Source.of(definition)
+            self.definitions[name] = Definition.of(plugin)
         self[name] = value
 
     def __missing__(self, name: str) -> T:
-        known = f"{closest(str(name), self)}; known: {', '.join(self)}"
-        raise UsageError(f"unknown {self.kind} {name!r}{known}; one of a plugin needs --plugin (or {VARIABLE})")
+        hint = f"{closest(str(name), self)}; known: {', '.join(self)}"
+        raise UsageError(f"unknown {self.kind} {name!r}{hint}; one of a plugin needs --plugin (or {VARIABLE})")
 
-    def source(self, name: str) -> str | None:
+    def definition(self, name: str) -> str | None:
         """The definition and name of a plugin (one may have several), on which results depend; None for LoGo's own."""
-        return f"{self.sources[name]} {name}" if name in self.sources else None
+        return f"{self.definitions[name]} {name}" if name in self.definitions else None
 
 
 _REGISTRIES: list[Registry[Any]] = []
@@ -114,20 +115,20 @@ def load(plugin: str, folder: str = "") -> None:
     try:
         if folder and folder not in sys.path and importlib.util.find_spec(module.partition(".")[0]) is None:
             sys.path.append(folder)  # at the end, so that nothing there takes the place of what is installed
-        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        definition = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except (Exception, SystemExit) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise PluginError(f"plugin {plugin!r}: expected an importable module:Object ({said})") from error
-    if not any(_place(found) in registry._places.values() for registry in _REGISTRIES):
-        raise PluginError(f"plugin {plugin!r}: expected an object under @logo.register_..., found {found!r:.60}")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PluginError(f"plugin {plugin!r}: expected an importable module:Object ({reason})") from error
+    if not any(_place(definition) in registry._places.values() for registry in _REGISTRIES):
+        raise PluginError(f"plugin {plugin!r}: expected an object under @logo.register_..., found {definition!r:.60}")
     _LOADED[plugin] = None
 
 
 def load_installed() -> None:
     """Imports the plugins that the environment and installed distributions name, unless that is done. Errors as `load`;
     UsageError if they are not named as they should be."""
-    asked = [*_words(os.environ.get(VARIABLE, "")), *_installed()]
-    for plugin, _, folder in (one.partition("@") for one in asked):
+    for entry in [*_words(os.environ.get(VARIABLE, "")), *_installed()]:
+        plugin, _, folder = entry.partition("@")
         if plugin not in _LOADED:
             load(plugin, folder)
 
@@ -139,10 +140,12 @@ def named() -> list[str]:
 
 def environment() -> dict[str, str]:
     """The environment in which another process finds the plugins of this one; empty without plugins."""
-    sources = (source for registry in _REGISTRIES for source in registry.sources.values())
-    found = dict.fromkeys(_words(os.environ.get(VARIABLE, "")))
-    found |= dict.fromkeys(f"{source.place}@{source.folder}" for source in sources if source.folder is not None)
-    return {VARIABLE: shlex.join(found)} if found else {}
+    words = dict.fromkeys(_words(os.environ.get(VARIABLE, "")))
+    for registry in _REGISTRIES:
+        for definition in registry.definitions.values():
+            if definition.folder is not None:
+                words[f"{definition.place}@{definition.folder}"] = None
+    return {VARIABLE: shlex.join(words)} if words else {}
 
 
 def _installed() -> list[str]:

@@ -70,19 +70,19 @@ EVERYWHERE = Activation()
 
 def warn_of_silent(names: Iterable[str], told: set[str]) -> None:
     """Warns of adapters whose invocation tokens a prompt lacks, of each once: not of those in `told`, which grows."""
-    found = [name for name in dict.fromkeys(names) if name not in told]
-    told.update(found)
-    if found:
-        lacks = f"a prompt lacks the invocation tokens of {listed(list(map(repr, found)), 5)}"
+    new = [name for name in dict.fromkeys(names) if name not in told]
+    told.update(new)
+    if new:
+        lacks = f"a prompt lacks the invocation tokens of {listed(list(map(repr, new)), 5)}"
         hint = "if they open the assistant's turn, give chats (--chat)"
         warnings.warn(f"{lacks}, so its answer is not adapted, as in PEFT; {hint}", UserWarning, stacklevel=2)
 
 
 def last_occurrence(prompt: Sequence[int], tokens: Sequence[int]) -> int | None:
     """The position of the last occurrence of these tokens in a prompt, as PEFT's `calculate_alora_offsets`; or None."""
-    wanted = list(tokens)
-    for start in range(len(prompt) - len(wanted), -1, -1):
-        if prompt[start] == wanted[0] and list(prompt[start : start + len(wanted)]) == wanted:
+    sequence = list(tokens)
+    for start in range(len(prompt) - len(sequence), -1, -1):
+        if prompt[start] == sequence[0] and list(prompt[start : start + len(sequence)]) == sequence:
             return start
     return None
 
@@ -106,8 +106,8 @@ def acting(activation: Activation, forced: str | None) -> Activation:
 def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
     """The first position of a prompt at which any adapter of a pool acts, before which the base model alone reads; the
     last position if none acts."""
-    begins = [begin for one in activations if (begin := one.begin(prompt)) is not None]
-    return min(begins, default=len(prompt) - 1)
+    begins = [activation.begin(prompt) for activation in activations]
+    return min((begin for begin in begins if begin is not None), default=len(prompt) - 1)
 
 
 def read_notes(root: Path) -> dict[str, Any]:
@@ -138,9 +138,9 @@ def _read_notes(file: Path, *stamp: int) -> dict[str, Any]:
     return notes
 
 
-def checked_k(said: Mapping[Any, Any]) -> int | None:
+def checked_k(notes: Mapping[Any, Any]) -> int | None:
     """The entry `k`; None if there is none. Raises UsageError for anything but a number of adapters."""
-    k = said.get("k")
+    k = notes.get("k")
     if k is not None and (type(k) is not int or k < 1):
         raise UsageError(f"k: expected a number of adapters, found {k!r}")
     return k
@@ -152,11 +152,14 @@ def noted(folder: Path, own: Activation, top: Path | None = None) -> Activation:
     So it does not depend on where a pool was opened. `own` is that of its configuration; notes above `top` do not
     apply, such as those above a repository (None: all do). Errors as `read_notes`.
     """
-    folder, last = Path(os.path.abspath(folder)), None if top is None else Path(os.path.abspath(top))
-    for above in (folder, *folder.parents) if own.everywhere else ():
-        said = read_notes(above).get("activation")
-        if said is not None:
-            return own if said == "invocation" else Activation.parse(said)
+    if not own.everywhere:
+        return own
+    folder = Path(os.path.abspath(folder))
+    last = None if top is None else Path(os.path.abspath(top))
+    for above in (folder, *folder.parents):
+        activation = read_notes(above).get("activation")
+        if activation is not None:
+            return own if activation == "invocation" else Activation.parse(activation)
         if above == last:
             break
     return own

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -81,12 +81,12 @@ class Adapter:
     @property
     def parameters(self) -> int:
         """The number of its parameters."""
-        return sum(m.rank * (m.in_features + m.out_features) for m in self.modules.values())
+        return sum(module.rank * (module.in_features + module.out_features) for module in self.modules.values())
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks in it, ascending."""
-        return tuple(sorted({m.rank for m in self.modules.values()}))
+        return tuple(sorted({module.rank for module in self.modules.values()}))
 
     @property
     def targets(self) -> list[str]:
@@ -127,29 +127,21 @@ class Adapter:
         for path, module in self.modules.items():
             if module.embedding and model is None:
                 raise AdapterError(self.name, f"it adapts an embedding ({path}), which is not mixed here")
-            what = "embedding of tokens" if module.embedding else "linear module"
             targets = layout.embedding(path) if module.embedding else layout.matches(path)
-            if len(targets) != 1:
-                uncalled = path.endswith(layout.uncalled)
-                none = "the model uses its weight without calling it" if uncalled else f"no such {what}"
-                among = f"may be any of {', '.join(sorted(targets)[:3])}" if targets else none
-                problems.append(f"{path} ({among})")
-                continue
-            base = (layout.embeddings if module.embedding else layout.shapes)[targets[0]]
-            if (module.in_features, module.out_features) != (base.in_features, base.out_features):
-                own = f"adapter {module.in_features} -> {module.out_features}"
-                problems.append(f"{path} ({own}, base {base.in_features} -> {base.out_features})")
-            elif targets[0] in fitted:
-                problems.append(f"{path} (a second entry for {targets[0]})")
-            else:
+            problem = _mismatch(path, module, targets, layout)
+            if problem is None and targets[0] in fitted:
+                problem = f"a second entry for {targets[0]}"
+            if problem is None:
                 fitted[targets[0]] = module
+            else:
+                problems.append(f"{path} ({problem})")
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             found = f"{len(problems)} of {len(self.modules)} modules do not match: {'; '.join(problems[:5])}{more}"
             raise AdapterError(self.name, f"does not fit the base model: {found}. Was it trained on another one?")
-        known = max((one.in_features for one in layout.embeddings.values()), default=math.inf)
-        if any(token >= known for token in self.activation.tokens):
-            found = f"{list(self.activation.tokens)}; the base model knows {known} tokens"
+        vocabulary = max((shape.in_features for shape in layout.embeddings.values()), default=math.inf)
+        if any(token >= vocabulary for token in self.activation.tokens):
+            found = f"{list(self.activation.tokens)}; the base model knows {vocabulary} tokens"
             raise AdapterError(self.name, f"does not fit the base model: its invocation tokens are {found}")
         if self.copies and model is not None:
             self._compare(model, skeleton)
@@ -161,36 +153,32 @@ class Adapter:
         """The fitted adapter with the activation that a user wants; see `logo.adapters.activation.acting`. Raises
         AdapterError if it lacks invocation tokens, or adapts a module on which this activation cannot be computed."""
         try:
-            one = self if forced is None else replace(self, activation=acting(self.activation, forced))
+            adapter = self if forced is None else replace(self, activation=acting(self.activation, forced))
         except UsageError as error:
             raise AdapterError(self.name, str(error)) from error
         # Models with latent attention (DeepSeek V2) apply this module to all cached tokens again in every step.
-        again = next((path for path in one.modules if path.endswith(".kv_b_proj")), None)
-        if again and not one.activation.everywhere:
-            found = f"acts on {again}, where it can only act everywhere, not {one.activation}"
+        repeated = next((path for path in adapter.modules if path.endswith(".kv_b_proj")), None)
+        if repeated is not None and not adapter.activation.everywhere:
+            found = f"acts on {repeated}, where it can only act everywhere, not {adapter.activation}"
             raise AdapterError(self.name, f"{found}; leave it out, or pass activation='everywhere' in Python")
-        return one
+        return adapter
 
     def _compare(self, model: nn.Module, skeleton: bool) -> None:
         """Raises AdapterError unless all copies of base weights equal the base model's own."""
-        own: dict[str, list[str]] = {}
+        parameters: dict[str, list[str]] = {}
         for path, _ in model.named_parameters(remove_duplicate=False):
-            own.setdefault(core_path(path), []).append(path)
+            parameters.setdefault(core_path(path), []).append(path)
         for key, path in self.copies.items():
             with self._reading():
-                paths, copy = own.get(core_path(path), []), self.file.read([key])[key]
-            bases = [model.get_parameter(one) if skeleton else tensor_of(model, one) for one in paths]
-            if len(bases) != 1:
-                found = "which the base model does not have"
-            elif copy.shape != bases[0].shape:
-                found = f"of shape {list(copy.shape)} instead of {list(bases[0].shape)}"
-            # Compared in the dtype of the base model, in which the copy would replace the weight.
-            elif not (bases[0].is_meta or copy.to(bases[0].device, bases[0].dtype).equal(bases[0].detach())):
-                found = "with other values"
-            else:
-                continue
-            why = f"it replaces a weight of the base model, {path}, {found} (modules_to_save), which cannot be mixed"
-            raise AdapterError(self.name, why)
+                copy = self.file.read([key])[key]
+            bases = [
+                model.get_parameter(name) if skeleton else tensor_of(model, name)
+                for name in parameters.get(core_path(path), [])
+            ]
+            difference = _difference(copy, bases)
+            if difference is not None:
+                why = f"it replaces a weight of the base model, {path}, {difference} (modules_to_save)"
+                raise AdapterError(self.name, f"{why}, which cannot be mixed")
 
     def _check_no_copies(self) -> None:
         if self.copies:
@@ -222,16 +210,47 @@ class Adapter:
             raise AdapterError(self.name, unreadable(error, self.file.path)) from error
 
     def _read(self, modules: Iterable[str]) -> dict[str, LoraWeights]:
-        wanted = {path: self.modules[path] for path in modules}
+        read = {path: self.modules[path] for path in modules}
         with self._reading():
-            tensors = self.file.read(key for m in wanted.values() for key in (m.key_a, m.key_b))
+            tensors = self.file.read(key for module in read.values() for key in (module.key_a, module.key_b))
         for key, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.element_size() < 2:
                 raise AdapterError(self.name, f"tensor {key} is stored as {tensor.dtype}; expected float16 to float64")
             if not finite(tensor):
                 found = "NaN" if bool(tensor.isnan().any()) else "Inf"
                 raise AdapterError(self.name, f"tensor {key} holds {found}; the adapter is damaged")
-        return {path: LoraWeights(tensors[m.key_a], tensors[m.key_b], m.scaling) for path, m in wanted.items()}
+        return {
+            path: LoraWeights(tensors[module.key_a], tensors[module.key_b], module.scaling)
+            for path, module in read.items()
+        }
+
+
+def _mismatch(path: str, module: LoraModule, targets: Sequence[str], layout: BaseLayout) -> str | None:
+    """Why an adapted module is none of the base model's, of which it may mean these; None: it is the only one."""
+    if len(targets) > 1:
+        return f"may be any of {', '.join(sorted(targets)[:3])}"
+    if not targets and path.endswith(layout.uncalled):
+        return "the model uses its weight without calling it"
+    if not targets:
+        return "no such embedding of tokens" if module.embedding else "no such linear module"
+    base = (layout.embeddings if module.embedding else layout.shapes)[targets[0]]
+    if (module.in_features, module.out_features) == (base.in_features, base.out_features):
+        return None
+    own = f"adapter {module.in_features} -> {module.out_features}"
+    return f"{own}, base {base.in_features} -> {base.out_features}"
+
+
+def _difference(copy: torch.Tensor, bases: Sequence[torch.Tensor]) -> str | None:
+    """How a copy differs from the weight of the base model, which is the only one of `bases`; None: it does not."""
+    if len(bases) != 1:
+        return "which the base model does not have"
+    [base] = bases
+    if copy.shape != base.shape:
+        return f"of shape {list(copy.shape)} instead of {list(base.shape)}"
+    # Compared in the dtype of the base model, in which the copy would replace the weight.
+    if not base.is_meta and not copy.to(base.device, base.dtype).equal(base.detach()):
+        return "with other values"
+    return None
 
 
 def open_adapter(

@@ -65,14 +65,17 @@ class BaseLayout:
         from torch import nn
 
         uncalled = _UNCALLED.get(getattr(getattr(model, "config", None), "model_type", ""), ())
-        linear = ((path, m) for path, m in linear_modules(model) if not path.endswith(uncalled))
-        shapes = {path: shape for path, m in linear if (shape := linear_shape(m)) is not None}
+        linear = {path: linear_shape(module) for path, module in linear_modules(model) if not path.endswith(uncalled)}
+        shapes = {path: shape for path, shape in linear.items() if shape is not None}
         try:
             tokens = model.get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):  # of a plain module, and of a model of transformers without one
             tokens = None
-        plain = {path: m for path, m in model.named_modules() if m is tokens and isinstance(m, nn.Embedding)}
-        embeddings = {path: LinearShape(m.num_embeddings, m.embedding_dim) for path, m in plain.items()}
+        embeddings = {
+            path: LinearShape(module.num_embeddings, module.embedding_dim)
+            for path, module in model.named_modules()
+            if module is tokens and isinstance(module, nn.Embedding)
+        }
         prefix = getattr(model, "base_model_prefix", "")
         return cls(shapes, _WRAPPERS | ({prefix} if prefix else set()), embeddings=embeddings, uncalled=uncalled)
 
@@ -89,15 +92,16 @@ class BaseLayout:
         if path in self.shapes:
             return [path]
         candidates = self._by_core.get(core_path(path, self.wrappers), [])
-        alike = [len(commonprefix([path.split(".")[::-1], one.split(".")[::-1]])) for one in candidates]  # noqa: RUF071
-        return [one for one, count in zip(candidates, alike, strict=True) if count == max(alike)]
+        backwards = path.split(".")[::-1]
+        alike = [len(commonprefix([backwards, candidate.split(".")[::-1]])) for candidate in candidates]  # noqa: RUF071
+        return [candidate for candidate, count in zip(candidates, alike, strict=True) if count == max(alike)]
 
     @cached_property
     def _by_core(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+        paths: dict[str, list[str]] = {}
         for path in self.shapes:
-            found.setdefault(core_path(path, self.wrappers), []).append(path)
-        return found
+            paths.setdefault(core_path(path, self.wrappers), []).append(path)
+        return paths
 
 
 def core_path(path: str, wrappers: frozenset[str] = _WRAPPERS) -> str:

@@ -53,8 +53,10 @@ class Entry:
             raise self._changed(adapter, what, "digest", self.digest, adapter.digest)
         if self.examples is not None:
             return replace(adapter, examples=self.examples, listed=True)
-        if self.examples_sha256 not in (None, found := examples_sha256(adapter.examples)):
-            raise self._changed(adapter, EXAMPLES, "examples_sha256", self.examples_sha256, found)
+        if self.examples_sha256 is not None:
+            found = examples_sha256(adapter.examples)
+            if found != self.examples_sha256:
+                raise self._changed(adapter, EXAMPLES, "examples_sha256", self.examples_sha256, found)
         return adapter
 
     def _changed(self, adapter: Adapter, what: str, kind: str, expected: str, found: str) -> AdapterError:
@@ -77,17 +79,18 @@ def read_manifest(file: Path) -> Manifest:
     import yaml
 
     try:
-        said = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        content = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as error:
         raise StorageError(f"manifest {file}: cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"manifest {file}: is not valid YAML: {' '.join(str(error).split())[:200]}") from error
     try:
-        if not isinstance(said, dict) or not {"adapters"} <= said.keys() <= {"k", "adapters"}:
+        if not isinstance(content, dict) or not {"adapters"} <= content.keys() <= {"k", "adapters"}:
             raise UsageError("expected `adapters:`, a list, and perhaps `k:`, as `logo pool lock` writes it")
-        if not isinstance(said["adapters"], list) or not said["adapters"]:
+        entries = content["adapters"]
+        if not isinstance(entries, list) or not entries:
             raise UsageError("expected `adapters:`, a list of one or more")
-        return Manifest([_entry(one, number) for number, one in enumerate(said["adapters"], 1)], checked_k(said))
+        return Manifest([_entry(entry, number) for number, entry in enumerate(entries, 1)], checked_k(content))
     except UsageError as error:
         raise UsageError(f"manifest {file}: {error}") from None
 
@@ -96,13 +99,22 @@ def write_manifest(file: Path, manifest: Manifest) -> None:
     """Writes the file that `read_manifest` reads as this manifest. Raises StorageError if it cannot be written."""
     import yaml
 
-    rows = [{"name": entry.name, **asdict(entry)} for entry in manifest.entries]
-    rows = [{k: list(v) if k == "examples" else v for k, v in row.items() if v is not None} for row in rows]
-    content = {**({"k": manifest.k} if manifest.k else {}), "adapters": rows}
+    content: dict[str, Any] = {}
+    if manifest.k:
+        content["k"] = manifest.k
+    content["adapters"] = [_written(entry) for entry in manifest.entries]
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     body: str = yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True, width=118)
     head = "# A pool of adapters, as `logo pool lock` found it. Open it with `--adapters THIS_FILE`.\n"
     replace_file(file, (head + body).encode())
+
+
+def _written(entry: Entry) -> dict[str, Any]:
+    """What is known of an adapter, its name first."""
+    fields = {"name": entry.name, **asdict(entry)}
+    if entry.examples is not None:
+        fields["examples"] = list(entry.examples)
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def is_line(value: Any) -> bool:
@@ -114,17 +126,17 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _entry(said: Any, number: int) -> Entry:
+def _entry(content: Any, number: int) -> Entry:
     """An entry, checked key by key, since a digest under a mistyped key would not be checked later."""
-    said = {"source": said} if isinstance(said, str) else said
-    if not isinstance(said, dict) or not said.keys() <= _KINDS.keys():
-        raise UsageError(f"entry {number}: expected a source or an object of {', '.join(_KINDS)}, found {said!r}")
-    for key, value in {"source": None, **said}.items():
+    fields: Any = {"source": content} if isinstance(content, str) else content
+    if not isinstance(fields, dict) or not fields.keys() <= _KINDS.keys():
+        raise UsageError(f"entry {number}: expected a source or an object of {', '.join(_KINDS)}, found {fields!r}")
+    for key, value in {"source": None, **fields}.items():
         right, expected = _KINDS[key]
         if not right(value):
             raise UsageError(f"entry {number}: {key}: expected {expected}, found {value!r}")
-    fields: dict[str, Any] = {key: tuple(value) if key == "examples" else value for key, value in said.items()}
-    return Entry(**fields)
+    values: dict[str, Any] = {key: tuple(value) if key == "examples" else value for key, value in fields.items()}
+    return Entry(**values)
 
 
 _LINE = (is_line, "a text of one line")

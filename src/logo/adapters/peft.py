@@ -153,15 +153,12 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
     if isinstance(init, str) and init.lower() == "loftq":
         raise Refusal(f"init_lora_weights is {_short(init)}, which also replaced the base weights by quantised ones")
     if changed_base(raw) is not None and not unconverted:
-        how = "`logo pool export --initial`, or PEFT's path_initial_model_for_weight_conversion"
-        raise Refusal(f"init_lora_weights is {_short(init)}, which also changed the base weights; convert it: {how}")
-    base_model, rslora = raw.get("base_model_name_or_path"), raw.get("use_rslora")
+        way = "`logo pool export --initial`, or PEFT's path_initial_model_for_weight_conversion"
+        raise Refusal(f"init_lora_weights is {_short(init)}, which also changed the base weights; convert it: {way}")
+    base_model = raw.get("base_model_name_or_path")
+    rslora = raw.get("use_rslora")
     if rslora is not None and not isinstance(rslora, bool):
         raise _wrong("use_rslora", rslora, "true or false")
-    tokens = raw.get("alora_invocation_tokens")
-    right = isinstance(tokens, list) and tokens and all(type(token) is int and token >= 0 for token in tokens)
-    if tokens is not None and not right:  # PEFT builds an aLoRA from an empty list, too, and then fails
-        raise _wrong("alora_invocation_tokens", tokens, "a list of one token id or more")
     return LoraConfig(
         r=_rank("r", raw.get("r", 8)),
         alpha=_alpha("lora_alpha", raw.get("lora_alpha", 8)),
@@ -169,21 +166,31 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
         rank_pattern=_pattern(raw, "rank_pattern", _rank),
         alpha_pattern=_pattern(raw, "alpha_pattern", _alpha),
         base_model=base_model if isinstance(base_model, str) else None,
-        invocation=tuple(tokens or ()),
+        invocation=_invocation(raw),
         unknown=tuple(sorted(set(raw) - _KNOWN)),
     )
 
 
+def _invocation(raw: dict[str, Any]) -> tuple[int, ...]:
+    tokens = raw.get("alora_invocation_tokens")
+    if tokens is None:
+        return ()
+    # PEFT builds an aLoRA from an empty list, too, and then fails.
+    if not isinstance(tokens, list) or not tokens or any(type(token) is not int or token < 0 for token in tokens):
+        raise _wrong("alora_invocation_tokens", tokens, "a list of one token id or more")
+    return tuple(tokens)
+
+
 def _pattern(raw: dict[str, Any], key: str, number: Callable[[str, Any], _T]) -> tuple[tuple[str, _T], ...]:
-    given = raw.get(key) or {}
-    if not isinstance(given, dict):
-        raise _wrong(key, given, "an object of pattern: number")
-    for pattern in given:
+    patterns = raw.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise _wrong(key, patterns, "an object of pattern: number")
+    for pattern in patterns:
         try:
             expression(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise Refusal(f"{key} has the key {_short(pattern)}, which is no regular expression: {error}") from error
-    return tuple((pattern, number(key, value)) for pattern, value in given.items())
+    return tuple((pattern, number(key, value)) for pattern, value in patterns.items())
 
 
 def _rank(key: str, value: Any) -> int:
@@ -216,14 +223,15 @@ class WeightFile:
     """
 
     def __init__(self, folder: Path, allow_pickle: bool) -> None:
-        self.path = path = folder / (SAFETENSORS if os.path.isfile(folder / SAFETENSORS) else PICKLE)
+        path = folder / (SAFETENSORS if os.path.isfile(folder / SAFETENSORS) else PICKLE)
+        self.path = path
         if not os.path.isfile(path):
             raise Refusal(f"{SAFETENSORS} is missing from {folder} ({PICKLE} is fetched with allow_pickle only)")
         if path.name == PICKLE and not allow_pickle:
             what = f"its weights are pickled ({PICKLE}), and a pickle can run code"
             raise Refusal(f"{what}; `logo pool export --allow-pickle` reads tensors only and writes safetensors")
         self._digest: str | None = None  # of the content that it had when it was opened, where it is known
-        self._found: dict[str, str] = {}  # of the same content
+        self._findings: dict[str, str] = {}  # of the same content
         try:
             self._stamp = content_stamp(path)
             if path.name == PICKLE:
@@ -262,15 +270,15 @@ class WeightFile:
     def once(self, what: str, find: Callable[[], str]) -> str:
         """`of_content` of what it held when it was opened; ValueError if the file changed before this was asked. A
         pickle's is in memory."""
-        if what not in self._found:
-            found = find() if self.path.name == PICKLE else self._unchanged(of_content(self.path, what, find))
-            self._found[what] = found
-        return self._found[what]
+        if what not in self._findings:
+            in_memory = self.path.name == PICKLE
+            self._findings[what] = find() if in_memory else self._unchanged(of_content(self.path, what, find))
+        return self._findings[what]
 
-    def _unchanged(self, found: str) -> str:
+    def _unchanged(self, finding: str) -> str:
         if content_stamp(self.path) != self._stamp:
             raise ValueError(_CHANGED)
-        return found
+        return finding
 
     def _open(self, framework: str) -> Any:
         from safetensors import safe_open
@@ -339,7 +347,8 @@ def read_header(shapes: Shapes, config: LoraConfig) -> tuple[dict[str, LoraModul
     copies = {key: path for key, path in paths.items() if path.endswith(".weight") and not _TRAINED.search(key)}
     whole = {path.removesuffix("weight") + "bias" for path in copies.values()}
     copies |= {key: path for key, path in paths.items() if path in whole}
-    names, sides = set[str](), dict[str, dict[str, Tensor]]()
+    names: set[str] = set()
+    sides: dict[str, dict[str, Tensor]] = {}
     for key, shape in shapes:
         if key in copies:
             continue
@@ -366,11 +375,12 @@ def read_header(shapes: Shapes, config: LoraConfig) -> tuple[dict[str, LoraModul
 def _module(path: str, pair: dict[str, Tensor], config: LoraConfig) -> LoraModule:
     if len(pair) != 2:
         raise Refusal(f"module {path} has no lora_{'B' if 'A' in pair else 'A'} tensor")
-    (key_a, a), (key_b, b) = pair["A"], pair["B"]
+    key_a, a = pair["A"]
+    key_b, b = pair["B"]
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a + b:
         raise Refusal(f"module {path} has lora_A {list(a)} and lora_B {list(b)}; expected (r, in) and (out, r)")
-    embedding, other = (_EMBEDDING_KEY.match(key) is not None for key in (key_a, key_b))
-    if embedding != other:
+    embedding = _EMBEDDING_KEY.match(key_a) is not None
+    if embedding != (_EMBEDDING_KEY.match(key_b) is not None):
         raise Refusal(f"module {path} is adapted as an embedding and as a linear module: {key_a}, {key_b}")
     if a[0] != config.rank(path):  # on which the scale depends
         raise Refusal(f"{CONFIG} gives rank {config.rank(path)} to module {path}, but its tensors have rank {a[0]}")

@@ -54,13 +54,13 @@ class AdapterPool:
         self, adapters: Iterable[Adapter] = (), refused: Iterable[AdapterError] = (), *, default_k: int = DEFAULT_K
     ) -> None:
         self._adapters: dict[str, Adapter] = {}
-        for adapter in sorted(adapters, key=lambda one: one.name):
+        for adapter in sorted(adapters, key=lambda adapter: adapter.name):
             if adapter.name in self._adapters:
                 raise PoolError(f"the pool already has an adapter {adapter.name!r}; remove it, or choose another name")
             self._adapters[adapter.name] = adapter
         self.default_k = default_k
         self.refused: tuple[AdapterError, ...] = tuple(refused)
-        self.activations: tuple[Activation, ...] = tuple(sorted({one.activation for one in self}, key=repr))
+        self.activations: tuple[Activation, ...] = tuple(sorted({adapter.activation for adapter in self}, key=repr))
 
     @classmethod
     def open(cls, sources: str | Path | Sequence[str | Path], **options: Unpack[PoolOptions]) -> AdapterPool:
@@ -82,28 +82,35 @@ class AdapterPool:
     @classmethod
     def opened(cls, sources: Sequence[Source], options: PoolOptions) -> AdapterPool:
         """As `open`, for sources that were parsed."""
-        given: dict[str, Any] = {**options}
-        if unknown := sorted(given.keys() - (known := PoolOptions.__optional_keys__)):
-            raise UsageError(f"unknown option of a pool {unknown[0]!r}{closest(unknown[0], known)}")
-        bad: OnBadAdapter = given.pop("on_bad_adapter", "error")
-        examples = given.pop("examples", "use")
-        check_choice("on_bad_adapter", bad, OnBadAdapter)
+        remaining: dict[str, Any] = dict(options)
+        names = PoolOptions.__optional_keys__
+        unknown = sorted(remaining.keys() - names)
+        if unknown:
+            raise UsageError(f"unknown option of a pool {unknown[0]!r}{closest(unknown[0], names)}")
+        on_bad_adapter: OnBadAdapter = remaining.pop("on_bad_adapter", "error")
+        examples: ExamplesUse = remaining.pop("examples", "use")
+        check_choice("on_bad_adapter", on_bad_adapter, OnBadAdapter)
         check_choice("examples", examples, ExamplesUse)
-        adapters, refused, k = gather(sources, skip=bad == "skip", **given)
+        adapters, refused, k = gather(sources, skip=on_bad_adapter == "skip", **remaining)
         if examples == "ignore":
             adapters = [replace(adapter, examples=()) for adapter in adapters]
-        pool = cls.found(spec_of(sources), adapters, refused, bad, k)
-        unknown = sorted({key for adapter in pool for key in adapter.config.unknown})
-        if unknown:
-            warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(unknown)}", UserWarning, stacklevel=3)
+        pool = cls.found(spec_of(sources), adapters, refused, on_bad_adapter, k)
+        ignored = sorted({key for adapter in pool for key in adapter.config.unknown})
+        if ignored:
+            warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(ignored)}", UserWarning, stacklevel=3)
         return pool
 
     @classmethod
     def found(
-        cls, where: str, adapters: Iterable[Adapter], refused: Sequence[AdapterError], how: OnBadAdapter, k: int | None
+        cls,
+        where: str,
+        adapters: Iterable[Adapter],
+        refused: Sequence[AdapterError],
+        on_bad_adapter: OnBadAdapter,
+        k: int | None,
     ) -> AdapterPool:
         """The pool of the adapters that were found somewhere; raises PoolError as `open`."""
-        _refuse(refused, how, where)
+        _refuse(refused, on_bad_adapter, where)
         pool = cls(adapters, refused, default_k=k or DEFAULT_K)
         if not len(pool):
             first = f": all {len(refused)} are refused; the first: {refused[0]}" if refused else ""
@@ -144,12 +151,14 @@ class AdapterPool:
     @cached_property
     def invoked(self) -> bool:
         """Whether any adapter acts from its invocation tokens on."""
-        return any(one.tokens for one in self.activations)
+        return any(activation.tokens for activation in self.activations)
 
     def silent(self, prompt: Sequence[int]) -> list[str]:
         """The names of the adapters whose invocation tokens a prompt (token ids) lacks, so that they do not act."""
-        begins = {one: one.begin(prompt) for one in self.activations} if self.invoked else {}
-        return [one.name for one in self if begins.get(one.activation, 0) is None]
+        if not self.invoked:
+            return []
+        begins = {activation: activation.begin(prompt) for activation in self.activations}
+        return [adapter.name for adapter in self if begins[adapter.activation] is None]
 
     @cached_property
     def read_once(self) -> bool:
@@ -177,17 +186,17 @@ class AdapterPool:
     def remove(self, name: str) -> AdapterPool:
         """The pool without an adapter. Raises PoolError if there is none of that name."""
         gone = self[name]
-        return self._with(one for one in self if one is not gone)
+        return self._with(adapter for adapter in self if adapter is not gone)
 
     def subset(self, names: str | Iterable[str]) -> AdapterPool:
         """The pool of these adapters, by names or patterns (`"flanv2.wmt*"`); PoolError if one matches nothing."""
-        chosen = set[str]()
+        chosen: set[str] = set()
         for entry in [names] if isinstance(names, str) else names:
             matches = [entry] if entry in self else fnmatch.filter(self.names, entry)
             if not matches:
                 raise PoolError(f"no adapter matches {entry!r} in the pool of {len(self)}{closest(entry, self.names)}")
             chosen.update(matches)
-        return self._with((one for one in self if one.name in chosen), ())
+        return self._with((adapter for adapter in self if adapter.name in chosen), ())
 
     def fit(
         self,
@@ -204,33 +213,38 @@ class AdapterPool:
         weight file is read once for that. Raises PoolError if an adapter does not fit and `on_bad_adapter` is
         `"error"`, or if none is left.
         """
-        made, refused = list[Adapter](), list[AdapterError]()
-        known: dict[int, Adapter] = {}  # adapters that share their modules fit alike
+        fitted: list[Adapter] = []
+        refused: list[AdapterError] = []
+        by_modules: dict[int, Adapter] = {}  # adapters that share their modules fit alike
         for adapter in self:
-            alike = None if adapter.copies else known.get(id(adapter.modules))
+            alike = None if adapter.copies else by_modules.get(id(adapter.modules))
             try:
-                one = adapter.fit(layout, model) if alike is None else replace(adapter, modules=alike.modules)
-                one = one.acting(activation)
+                own = adapter.fit(layout, model) if alike is None else replace(adapter, modules=alike.modules)
+                own = own.acting(activation)
                 if on_bad_adapter == "skip":
-                    one.verify()
-                made.append(one)
-                known[id(adapter.modules)] = one
+                    own.verify()
             except AdapterError as error:
                 refused.append(error)
+                continue
+            fitted.append(own)
+            by_modules[id(adapter.modules)] = own
         _refuse(refused, on_bad_adapter, "the pool")
-        if not made:
+        if not fitted:
             first = f"; the first: {refused[0]}" if refused else ""
             raise PoolError(f"none of the {len(self)} adapters fits the base model{first}")
-        if dropped := [one.name for one in made if self[one.name].copies]:
-            found = f"adapters {listed(dropped)}: copies of base weights equal those of the base model and are left out"
-            warnings.warn(found, UserWarning, stacklevel=2)
-        return self._with(made, (*self.refused, *refused))
+        dropped = [adapter.name for adapter in fitted if self[adapter.name].copies]
+        if dropped:
+            equal = "copies of base weights equal those of the base model and are left out"
+            warnings.warn(f"adapters {listed(dropped)}: {equal}", UserWarning, stacklevel=2)
+        return self._with(fitted, (*self.refused, *refused))
 
     def without(self, refused: Sequence[AdapterError]) -> AdapterPool:
         """The pool without adapters that a base model refused, as `fit` gives them; itself if it holds none of them."""
         new = refused[len(self.refused) :]  # those that this pool knows come first
+        if not new:
+            return self
         gone = {error.name for error in new}
-        return self._with((one for one in self if one.name not in gone), (*self.refused, *new)) if new else self
+        return self._with((adapter for adapter in self if adapter.name not in gone), (*self.refused, *new))
 
     def _with(self, adapters: Iterable[Adapter], refused: Iterable[AdapterError] | None = None) -> AdapterPool:
         return AdapterPool(adapters, self.refused if refused is None else refused, default_k=self.default_k)
@@ -248,10 +262,10 @@ class CurrentPool:
 
     def add(self, adapter: Adapter | str | Path, name: str | None = None, *, allow_pickle: bool = False) -> Adapter:
         """Adds an adapter and returns it; arguments and errors as `AdapterPool.add`."""
-        [made] = AdapterPool().add(adapter, name, allow_pickle=allow_pickle)  # opened before others have to wait
+        [opened] = AdapterPool().add(adapter, name, allow_pickle=allow_pickle)  # before others have to wait
         with self._changing:
-            self.value = self.value.add(made)
-        return made
+            self.value = self.value.add(opened)
+        return opened
 
     def remove(self, name: str) -> Adapter:
         """Takes an adapter out of the pool and returns it. Raises PoolError if there is none of that name."""
@@ -298,8 +312,9 @@ def officially_named(pool: AdapterPool, base_model: str, sources: Sequence[Sourc
     """A published pool with the official script's names (`Llama-3.1-8B-loras-flanv2/flanv2.aeslc`), others as they are;
     `sources` are those of the pool, None if they are not known."""
     folder = official_folder(base_model)
-    named = None if sources is None else [own_name(Path(one.below or one.where)) for one in sources]
-    if folder is None or named not in (None, [folder]):
+    if folder is None:
+        return pool
+    if sources is not None and [own_name(Path(source.below or source.where)) for source in sources] != [folder]:
         return pool
     renamed = (replace(adapter, name=f"{folder}/{adapter.name}") for adapter in pool)
     return AdapterPool(renamed, pool.refused, default_k=pool.default_k)
@@ -307,7 +322,8 @@ def officially_named(pool: AdapterPool, base_model: str, sources: Sequence[Sourc
 
 def warn_of_bad(refused: Iterable[AdapterError]) -> None:
     """Warns of bad adapters that are left out of a pool, with the reasons of the first three."""
-    if bad := [str(error) for error in refused if not isinstance(error, LeftOut)]:
+    bad = [str(error) for error in refused if not isinstance(error, LeftOut)]
+    if bad:
         count = f"{len(bad)} bad adapter{'s are' if len(bad) > 1 else ' is'}"
         warnings.warn(f"{count} left out of the pool: {listed(bad)}", UserWarning, stacklevel=3)
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +36,8 @@ OFFICIAL_ADAPTERS = "archon159/LoGo-loras-collection"
 # Pools up to this size are checked for NaN when they are opened, which takes well under a second. The tensors of larger
 # pools are checked when they are first read.
 _VERIFY_UP_TO = 256 * 2**20  # bytes
+
+_Repository = tuple[str, str | None]  # its name and the revision
 
 
 class PoolOptions(DownloadOptions, total=False):
@@ -79,10 +81,10 @@ def parse_sources(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str
     if isinstance(texts, str):  # a path with commas is one source
         parts = [texts] if os.path.exists(texts) else [part.strip() for part in texts.split(",")]
     else:
-        given = [texts] if isinstance(texts, os.PathLike) else list(texts)
-        for one in given:
-            check_type("pool", one, (str, os.PathLike), expected)
-        parts = [os.fspath(one) for one in given]
+        paths = [texts] if isinstance(texts, os.PathLike) else list(texts)
+        for path in paths:
+            check_type("pool", path, (str, os.PathLike), expected)
+        parts = [os.fspath(path) for path in paths]
     if not parts or not all(parts):
         raise UsageError("no source of adapters: expected a folder, a manifest or a Hub repository; see --adapters")
     return tuple(dict.fromkeys(map(_source, parts)))
@@ -91,9 +93,10 @@ def parse_sources(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str
 def spec_of(sources: Sequence[Source]) -> str:
     """The text that `parse_sources` reads as these sources in any working directory."""
     texts = []
-    for one in sources:
-        where = one.where if one.on_hub else os.path.abspath(one.where)
-        texts.append(_joined(where, one.below) + (f"@{one.revision}" if one.revision else ""))
+    for source in sources:
+        where = source.where if source.on_hub else os.path.abspath(source.where)
+        revision = f"@{source.revision}" if source.revision else ""
+        texts.append(_path(where, source.below) + revision)
     return ",".join(texts)
 
 
@@ -143,32 +146,47 @@ def _on_hub(text: str) -> Source:
     return Source("repo", repo, below or "", revision)
 
 
-def _joined(*parts: str) -> str:
+def _path(*parts: str) -> str:
     return "/".join(filter(None, parts))
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Search:
     """A source to look in, and the manifest's entry that names it."""
 
     source: Source
     full: bool  # names begin with the repository
     entry: Entry | None = None
 
+    @property
+    def named(self) -> bool:
+        """Whether the entry gives the adapter a name, so that it is a single one."""
+        return self.entry is not None and self.entry.name is not None
+
+    def root(self, snapshots: Mapping[_Repository, Path | HubError]) -> Path:
+        """The folder of the source, or of the snapshot of its repository; raises HubError if that cannot be used."""
+        if not self.source.on_hub:
+            return Path(self.source.where)
+        snapshot = snapshots[self.source.where, self.source.revision]
+        if isinstance(snapshot, HubError):
+            raise snapshot
+        return snapshot
+
     def name(self, path: str) -> str:
         """The name of an adapter in this folder of the source."""
         if self.entry is not None and self.entry.name is not None:
             return self.entry.name
         if self.source.on_hub and (self.full or not path):
-            return _joined(self.source.where, path)
+            return _path(self.source.where, path)
         return path.removeprefix(self.source.below).strip("/") or own_name(Path(self.source.where, path))
 
 
 def default_k(sources: Sequence[Source], otherwise: int) -> int:
     """Adapters per prompt of the pool of these sources, which is not opened; of a repository, `pool.json` is read."""
-    source, root = sources[0], Path(sources[0].where)
+    source = sources[0]
+    root = Path(source.where)
     if source.on_hub and len(sources) == 1:
-        file = glob.escape(_joined(source.below, NOTES))
+        file = glob.escape(_path(source.below, NOTES))
         root = download_files(source.where, [file], revision=source.revision, progress=False)
     return _noted_k(sources, root / source.below) or otherwise
 
@@ -199,137 +217,195 @@ def gather(
         HubError, StorageError, UsageError: a repository, a folder or a manifest cannot be used.
         PoolError: a source holds no adapter.
     """
-    asked = [one for source in sources for one in _asked(source, full=len(sources) > 1)]
-    skip = skip and len(asked) > 1
-    roots = _fetch(asked, allow_pickle, skip, download) if any(one.source.on_hub for one in asked) else {}
-    refused, adapters, size, top = list[AdapterError](), dict[str, Adapter](), 0, Path(sources[0].where)
-    for one in asked:
-        source, named = one.source, one.entry is not None and one.entry.name is not None
-        root = roots[source.where, source.revision] if source.on_hub else Path(source.where)
+    searches = [search for source in sources for search in _searches(source, full=len(sources) > 1)]
+    skip = skip and len(searches) > 1
+    snapshots = _fetch(searches, allow_pickle, skip, download)
+    gathering = _Gathering(allow_pickle, verify)
+    top = Path(sources[0].where)
+    for search in searches:
+        source = search.source
         try:
-            if isinstance(root, HubError):
-                raise root
+            root = search.root(snapshots)
             top = root / source.below
-            paths, bad = _walk(top, spec_of([source]), single=named)
+            walk = _Walk(top, spec_of([source]))
+            paths = walk.single() if search.named else walk.all()
         except (HubError, StorageError, PoolError) as error:
-            if one.entry is None and not (skip and source.on_hub):
+            if search.entry is None and not (skip and source.on_hub):
                 raise
-            refused.append(AdapterError(one.name(source.below), str(error)))
+            gathering.refused.append(AdapterError(search.name(source.below), str(error)))
             continue
-        refused += (type(error)(one.name(_joined(source.below, error.name)), error.reason) for error in bad)
+        for bad in walk.bad:
+            gathering.refused.append(type(bad)(search.name(_path(source.below, bad.name)), bad.reason))
         for path in paths:
-            below = _joined(source.below, path)
-            folder, name = top / path, one.name(below)
-            plain = re.sub(r"(^|/)alora$", r"\1lora", path)  # in a library of `NAME/BASE/lora` and `NAME/BASE/alora`
-            try:
-                if path and not named and re.search(r"(^|/)checkpoint-\d+(/|$)", path):  # as the `Trainer` calls them
-                    raise LeftOut(name, "it is a training checkpoint; to open it, name only its folder")
-                if plain != path and plain in paths:
-                    raise LeftOut(name, f"it is the activated form of {plain!r}; to open it, name only its folder")
-                repo = root if source.on_hub else None
-                adapter = open_adapter(folder, name, allow_pickle=allow_pickle, top=repo)
-                if name in adapters:
-                    raise AdapterError(name, f"{adapters[name].folder} has the same name; rename one of them")
-                size += adapter.size
-                if size <= _VERIFY_UP_TO if verify is None else verify:
-                    adapter.verify()
-                if source.on_hub:
-                    adapter = replace(adapter, source=_joined(source.where, below), revision=root.name)
-                adapters[name] = adapter if one.entry is None else one.entry.checked(adapter)
-            except AdapterError as error:
-                refused.append(error)
-    return list(adapters.values()), refused, _noted_k(sources, top)
+            gathering.add(search, root, path, paths)
+    return list(gathering.adapters.values()), gathering.refused, _noted_k(sources, top)
 
 
-def _asked(source: Source, full: bool) -> list[_Wanted]:
-    """What to look in for a source: of a manifest, every entry. Its folders count from the manifest's own; an entry
-    that is none of them is on the Hub, whatever the working directory holds."""
+@dataclass
+class _Gathering:
+    """The adapters of some sources, as they are opened one after the other.
+
+    Attributes:
+        verify: whether their tensors are read; None: as long as their files together are small.
+        adapters: by name.
+        size: bytes of the files of all.
+    """
+
+    allow_pickle: bool
+    verify: bool | None
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    refused: list[AdapterError] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, search: _Search, root: Path, path: str, siblings: Collection[str]) -> None:
+        """Opens the adapter in a folder of a source, beside which there are others; or notes why it cannot be used."""
+        below = _path(search.source.below, path)
+        name = search.name(below)
+        try:
+            if not search.named:
+                _check_not_left_out(name, path, siblings)
+            top = root if search.source.on_hub else None
+            adapter = open_adapter(root / below, name, allow_pickle=self.allow_pickle, top=top)
+            if name in self.adapters:
+                raise AdapterError(name, f"{self.adapters[name].folder} has the same name; rename one of them")
+            self.size += adapter.size
+            if self.size <= _VERIFY_UP_TO if self.verify is None else self.verify:
+                adapter.verify()
+            if search.source.on_hub:
+                adapter = replace(adapter, source=_path(search.source.where, below), revision=root.name)
+            self.adapters[name] = adapter if search.entry is None else search.entry.checked(adapter)
+        except AdapterError as error:
+            self.refused.append(error)
+
+
+def _check_not_left_out(name: str, path: str, siblings: Collection[str]) -> None:
+    """Raises LeftOut for what belongs to another adapter of its source."""
+    if re.search(r"(^|/)checkpoint-\d+(/|$)", path):  # as the `Trainer` calls them
+        raise LeftOut(name, "it is a training checkpoint; to open it, name only its folder")
+    plain = re.sub(r"(^|/)alora$", r"\1lora", path)  # in a library of `NAME/BASE/lora` and `NAME/BASE/alora`
+    if plain != path and plain in siblings:
+        raise LeftOut(name, f"it is the activated form of {plain!r}; to open it, name only its folder")
+
+
+def _searches(source: Source, full: bool) -> list[_Search]:
+    """What to look in for a source: of a manifest, every entry."""
     if source.kind != "manifest":
-        return [_Wanted(source, full)]
-    asked, file = [], Path(source.where)
-    for entry in read_manifest(file).entries:
-        local = os.path.normpath(file.absolute().parent / os.path.expanduser(entry.source))
-        if entry.source.startswith((".", "/", "~")) or os.path.isdir(local):
-            found = Source("folder", local)
-        elif is_hub_spec(entry.source, here=False):
-            found = _on_hub(f"{entry.source}{f'@{entry.revision}' if entry.revision else ''}")
-        else:
-            _check_no_pattern(entry.source)
-            found = Source("folder", local)
-        if entry.revision is not None and not found.on_hub:
-            expected = "a folder, which has no revision, or a source on the Hub (org/repo[/folder])"
-            raise UsageError(f"manifest {file}: {entry.source!r}: expected {expected}")
-        asked.append(_Wanted(found, True, entry))
-    return asked
+        return [_Search(source, full)]
+    file = Path(source.where)
+    return [_Search(_entry_source(file, entry), True, entry) for entry in read_manifest(file).entries]
 
 
-def _walk(root: Path, where: str, single: bool) -> tuple[list[str], list[AdapterError]]:
-    """The paths below `root`, in messages `where`, of folders with an adapter, sorted, and what cannot be looked into.
+def _entry_source(file: Path, entry: Entry) -> Source:
+    """The source of a manifest's entry. Folders count from the manifest's own; an entry that is none of them is on the
+    Hub, whatever the working directory holds."""
+    local = os.path.normpath(file.absolute().parent / os.path.expanduser(entry.source))
+    is_local = entry.source.startswith((".", "/", "~")) or os.path.isdir(local)
+    if not is_local and is_hub_spec(entry.source, here=False):
+        return _on_hub(entry.source if entry.revision is None else f"{entry.source}@{entry.revision}")
+    if not is_local:
+        _check_no_pattern(entry.source)
+    if entry.revision is not None:
+        expected = "a folder, which has no revision, or a source on the Hub (org/repo[/folder])"
+        raise UsageError(f"manifest {file}: {entry.source!r}: expected {expected}")
+    return Source("folder", local)
+
+
+class _Walk:
+    """Looks for folders with an adapter below a folder, which is called `where` in messages.
 
     Hidden folders are skipped. Links are followed, after all real folders; a folder is found once, so that links in a
-    circle end. A dead link, another link to adapters, and a folder that cannot be listed are told. A `single` adapter
-    may have others below its folder.
+    circle end. Told as `bad` are a dead link, another link to adapters, and a folder that cannot be listed.
     """
-    expected = f"expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
-    found, bad, seen, starts = list[str](), list[AdapterError](), dict[tuple[int, int], str](), [str(root)]
 
-    def unreadable(error: OSError) -> None:
-        if error.filename == str(root):
-            raise StorageError(f"no adapters in {where}: {error.strerror}; {expected}") from error
-        name = Path(error.filename).relative_to(root).as_posix()
-        bad.append(AdapterError(name, f"the folder cannot be listed: {error.strerror}"))
+    def __init__(self, root: Path, where: str) -> None:
+        self.root = root
+        self.where = where
+        self.bad: list[AdapterError] = []
+        self._names: dict[tuple[int, int], str] = {}  # of folders, by device and inode
+        self._expected = f"expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
 
-    for start in starts:  # which grows
-        for current, folders, files in os.walk(start, onerror=unreadable):
-            stat = os.stat(current)
-            name = "" if current == str(root) else Path(current).relative_to(root).as_posix()
-            first = seen.setdefault((stat.st_dev, stat.st_ino), name)
-            if first != name:
-                folders.clear()
-                back = not first or name.startswith(f"{first}/")  # the link leads to a folder above it
-                if not (single or back) and any(f"{one}/".startswith(f"{first}/") for one in found):
-                    bad.append(LeftOut(name, f"it is a link to {first!r}, which is in the pool already"))
-                continue
-            folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-            starts += [path for folder in folders if os.path.islink(path := os.path.join(current, folder))]
-            if not {CONFIG, SAFETENSORS, PICKLE}.isdisjoint(files):
-                found.append(name)
-                continue
-            for link in (Path(current, file) for file in sorted(files) if not file.startswith(".")):
-                if os.path.islink(link) and not os.path.exists(link):
-                    dead = link.relative_to(root).as_posix()
-                    bad.append(LeftOut(dead, f"it is a link to {os.readlink(link)}, which cannot be reached"))
-    found.sort(key=lambda path: path.split("/"))
-    found = [""] if single and "" in found else found
-    if single and len(found) != 1:
-        raise PoolError(f"expected one adapter in {where}, found {len(found)}")
-    if not found and not bad:
-        raise PoolError(f"no adapters in {where}: {expected}")
-    return found, bad
+    def all(self) -> list[str]:
+        """The paths of all of them, sorted. Raises StorageError or PoolError: nothing can be looked into, or found."""
+        paths = self._paths(tell_of_links=True)
+        if not paths and not self.bad:
+            raise PoolError(f"no adapters in {self.where}: {self._expected}")
+        return paths
+
+    def single(self) -> list[str]:
+        """The path of the only one, which may have others below its folder. Errors as `all`."""
+        paths = self._paths(tell_of_links=False)
+        if "" in paths:
+            return [""]
+        if len(paths) != 1:
+            raise PoolError(f"expected one adapter in {self.where}, found {len(paths)}")
+        return paths
+
+    def _paths(self, tell_of_links: bool) -> list[str]:
+        paths: list[str] = []
+        starts = [str(self.root)]
+        for start in starts:  # which grows
+            for current, folders, files in os.walk(start, onerror=self._note_unreadable):
+                path = self._below(current)
+                stat = os.stat(current)
+                first = self._names.setdefault((stat.st_dev, stat.st_ino), path)
+                if first != path:
+                    folders.clear()
+                    back = not first or path.startswith(f"{first}/")  # the link leads to a folder above it
+                    if tell_of_links and not back and any(f"{name}/".startswith(f"{first}/") for name in paths):
+                        self.bad.append(LeftOut(path, f"it is a link to {first!r}, which is in the pool already"))
+                    continue
+                folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+                inside = [os.path.join(current, folder) for folder in folders]
+                starts += [folder for folder in inside if os.path.islink(folder)]
+                if {CONFIG, SAFETENSORS, PICKLE}.isdisjoint(files):
+                    self._note_dead_links(current, files)
+                else:
+                    paths.append(path)
+        return sorted(paths, key=lambda path: path.split("/"))
+
+    def _below(self, folder: str) -> str:
+        return "" if folder == str(self.root) else Path(folder).relative_to(self.root).as_posix()
+
+    def _note_unreadable(self, error: OSError) -> None:
+        if error.filename == str(self.root):
+            raise StorageError(f"no adapters in {self.where}: {error.strerror}; {self._expected}") from error
+        self.bad.append(AdapterError(self._below(error.filename), f"the folder cannot be listed: {error.strerror}"))
+
+    def _note_dead_links(self, folder: str, files: Iterable[str]) -> None:
+        for file in sorted(files):
+            link = os.path.join(folder, file)
+            if not file.startswith(".") and os.path.islink(link) and not os.path.exists(link):
+                reason = f"it is a link to {os.readlink(link)}, which cannot be reached"
+                self.bad.append(LeftOut(self._below(link), reason))
 
 
 def _fetch(
-    asked: Sequence[_Wanted], allow_pickle: bool, skip: bool, download: DownloadOptions
-) -> dict[tuple[str, str | None], Path | HubError]:
+    searches: Sequence[_Search], allow_pickle: bool, skip: bool, download: DownloadOptions
+) -> dict[_Repository, Path | HubError]:
     """The snapshot of every repository, or why it cannot be used. Each is downloaded once, several at a time."""
-    wanted: dict[tuple[str, str | None], set[str]] = {}
-    for source in (one.source for one in asked if one.source.on_hub):
-        wanted.setdefault((source.where, source.revision), set()).add(source.below)
-    options: dict[str, Any] = {**download, **({"max_workers": 2, "progress": False} if len(wanted) > 1 else {})}
+    folders: dict[_Repository, set[str]] = {}
+    for source in (search.source for search in searches if search.source.on_hub):
+        folders.setdefault((source.where, source.revision), set()).add(source.below)
+    if not folders:
+        return {}
+    options: dict[str, Any] = dict(download)
+    if len(folders) > 1:
+        options |= {"max_workers": 2, "progress": False}
 
-    def fetch(repo: tuple[str, str | None]) -> Path | HubError:
+    def fetch(repository: _Repository) -> Path | HubError:
+        repo_id, revision = repository
         try:
-            return download_adapters(repo[0], wanted[repo], allow_pickle, repo[1], **options)
+            return download_adapters(repo_id, folders[repository], allow_pickle, revision, **options)
         except HubError as error:
             if skip and is_lasting(error):  # a pool must not be smaller because a connection broke
                 return error
             raise
 
-    pool = ThreadPoolExecutor(max(1, download.get("max_workers", 8)), thread_name_prefix="hub")
+    threads = ThreadPoolExecutor(max(1, download.get("max_workers", 8)), thread_name_prefix="hub")
     try:
-        return dict(zip(wanted, pool.map(fetch, wanted), strict=True))
+        return dict(zip(folders, threads.map(fetch, folders), strict=True))
     finally:  # also after an error or Ctrl-C: no other download begins
-        pool.shutdown(wait=True, cancel_futures=True)
+        threads.shutdown(wait=True, cancel_futures=True)
 
 
 def download_adapters(
@@ -349,5 +425,5 @@ def adapter_patterns(folder: str, allow_pickle: bool) -> list[str]:
     escaped = glob.escape(folder)
     root = f"{escaped}/" if folder else ""
     parts = escaped.split("/") if folder else []
-    above = [_joined(*parts[:count], NOTES) for count in range(len(parts))]
+    above = [_path(*parts[:count], NOTES) for count in range(len(parts))]
     return [pattern for name in names for pattern in (f"{root}{name}", f"{root}*/{name}")] + above

@@ -43,8 +43,9 @@ def save_adapter(
 
 def plain_tensors(weights: Mapping[str, LoraWeights]) -> dict[str, Tensor]:
     """Factors under PEFT's keys; scales are left to the configuration."""
-    sides = {f"base_model.model.{path}.lora_A.weight": one.A for path, one in weights.items()}
-    return sides | {f"base_model.model.{path}.lora_B.weight": one.B for path, one in weights.items()}
+    down = {f"base_model.model.{path}.lora_A.weight": own.A for path, own in weights.items()}
+    up = {f"base_model.model.{path}.lora_B.weight": own.B for path, own in weights.items()}
+    return down | up
 
 
 def write_mixture(
@@ -75,22 +76,15 @@ def write_mixture(
     [activation] = activations
     stacked: dict[str, LoraWeights] = {}
     for adapter, weight in parts:
-        for path, one in linear_weights(adapter).items():
-            a, b = one.A.float(), weight * one.scaled_b()
+        for path, own in linear_weights(adapter).items():
+            a = own.A.float()
+            b = weight * own.scaled_b()
             if path in stacked:
-                a, b = torch.cat([stacked[path].A, a]), torch.cat([stacked[path].B, b], dim=1)
+                a = torch.cat([stacked[path].A, a])
+                b = torch.cat([stacked[path].B, b], dim=1)
             stacked[path] = LoraWeights(a, b, 1.0)
-    ranks = {path: len(one.A) for path, one in stacked.items()}
-    [(rank, _)] = Counter(ranks.values()).most_common(1)
-    others = {re.escape(path): found for path, found in ranks.items() if found != rank}
-    config: dict[str, object] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model}
-    config |= {"inference_mode": True, "bias": "none", "lora_dropout": 0.0, "use_rslora": False}
-    config |= {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
-    names = {path.rsplit(".", 1)[-1] for path in ranks}
-    named = {path for path in linear if path.rsplit(".", 1)[-1] in names}
-    # Full paths, if other linear modules are called so, or others may be, as a layer is where names are numbers.
-    short = named == set(ranks) and not any(name.isdigit() for name in names)
-    config["target_modules"] = sorted(names if short else ranks)
+    ranks = {path: len(weights.A) for path, weights in stacked.items()}
+    config = _mixture_config(ranks, linear, base_model)
     if activation.tokens:
         config["alora_invocation_tokens"] = list(activation.tokens)
     note = activation_note(folder, activation)
@@ -102,6 +96,30 @@ def write_mixture(
 def _where(activation: Activation) -> str:
     """Where an adapter acts, in words."""
     return f"from the tokens {list(activation.tokens)} on" if activation.tokens else str(activation)
+
+
+def _mixture_config(ranks: Mapping[str, int], linear: Collection[str], base_model: str | None) -> dict[str, object]:
+    """PEFT's configuration of a mixture with these ranks, by paths of modules."""
+    [(rank, _)] = Counter(ranks.values()).most_common(1)
+    patterns = {re.escape(path): own_rank for path, own_rank in ranks.items() if own_rank != rank}
+    names = {path.rsplit(".", 1)[-1] for path in ranks}
+    called_so = {path for path in linear if path.rsplit(".", 1)[-1] in names}
+    # Full paths, if other linear modules are called so, or others may be, as a layer is where names are numbers.
+    short = called_so == set(ranks) and not any(name.isdigit() for name in names)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": patterns,
+        "alpha_pattern": dict(patterns),
+        "target_modules": sorted(names if short else ranks),
+    }
 
 
 def activation_note(folder: Path, activation: Activation) -> str | None:

@@ -145,7 +145,7 @@ class Method:
 
     def as_dict(self) -> dict[str, Any]:
         """Name and options for JSON, with digests of secrets, and the plugin that it comes from."""
-        plugin = METHODS.source(self.name)
+        plugin = METHODS.definition(self.name)
         return {"method": self.name, **identified(self.options), **({} if plugin is None else {"plugin": plugin})}
 
     def prepare(self, logo: LoGo, task: Task) -> Prepared:
@@ -156,7 +156,7 @@ class Method:
             PluginError, RuntimeError: a plugin has returned something else than it should, or has failed.
         """
         function = METHODS[self.name].function
-        if METHODS.source(self.name) is None:
+        if METHODS.definition(self.name) is None:
             return function(logo, task, **self.options)
         with running(f"method {self.name!r}"):
             found: object = function(logo, task, **self.options)

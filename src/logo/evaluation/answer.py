@@ -206,7 +206,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
     if config is not None:
         said = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
         options["generation_config"] = {name: value for name, value in said.items() if name != "transformers_version"}
-    plugin, configured = SIGNALS.source(logo.settings.signal), getattr(logo.model, "generation_config", None)
+    plugin, configured = SIGNALS.definition(logo.settings.signal), getattr(logo.model, "generation_config", None)
     settings, pool = asdict(logo.settings), logo.pool.value
     found = {
         "base_model": PurePath(base_model).name,
@@ -231,7 +231,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
 
 def dataset_identity(dataset: Dataset, method: Method | None) -> dict[str, Any]:
     """What values depend on beside the engine: the rows, their metric, and training rows if a method learns."""
-    plugin = METRICS.source(dataset.metric)
+    plugin = METRICS.definition(dataset.metric)
     rows = {"rows": len(dataset.rows), "rows_sha256": rows_digest(dataset.rows)}
     learns = method is not None and method.needs == "train"
     return {

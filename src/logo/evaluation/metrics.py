@@ -172,7 +172,7 @@ def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Val
     """
     golds = (completion,) if isinstance(completion, str) else completion
     function = METRICS[kind]  # a plugin is loaded, and known as one, when it is first used
-    if kind not in METRICS.sources:
+    if kind not in METRICS.definitions:
         return function(prediction, golds)
     try:
         value: object = function(prediction, golds)

@@ -69,7 +69,7 @@ class Signal:
         late: responses are averaged with the last tokens counting most, too (`logo.selection.reference`).
         window: the part of a text that is read (`SelectionSettings.reading` sets it).
         activations: where the adapters of the pool act, if none of them acts everywhere (set there, too).
-        plugin: what its scores depend on, if it is not ours (`logo.plugins.Registry.source`).
+        plugin: what its scores depend on, if it is not ours (`logo.plugins.Registry.definition`).
     """
 
     score: SignalFunction
@@ -151,7 +151,7 @@ def register_signal(
     def add(score: _S) -> _S:
         signal = Signal(score, layers, input, token, scale, chosen, weighting, late)
         SIGNALS.add(name, signal, score)
-        SIGNALS[name] = replace(signal, plugin=SIGNALS.source(name))
+        SIGNALS[name] = replace(signal, plugin=SIGNALS.definition(name))
         return score
 
     return add

@@ -123,7 +123,7 @@ def open_engine(
     VllmOptions.of(additional, {POOL: place})  # raises the errors of vLLM's processes here
     config = {"k": k, **settings.changed, **additional.get("logo", {}), "pool": place}
     additional["logo"] = {**config, "on_bad_adapter": on_bad_adapter, "signals": list(SIGNALS)}
-    signal = SIGNALS.sources.get(settings.signal)
+    signal = SIGNALS.definitions.get(settings.signal)
     if signal is not None and signal.folder is None:
         found = f"signal {settings.signal!r} is defined in {signal.place.partition(':')[0]}"
         raise UsageError(f"{found}, which vLLM's processes cannot import: put it into a module of its own")
