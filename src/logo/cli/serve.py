@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from logo.cli import serve_vllm
 from logo.cli.opening import open_engine
@@ -11,6 +13,9 @@ from logo.cli.output import note
 from logo.cli.prompts import or_demo
 from logo.cli.serve_options import ServerOptions
 from logo.errors import StorageError, UsageError, need
+
+if TYPE_CHECKING:
+    from logo.api.guards import GuardSettings
 
 MAX_BODY = 1_000_000  # bytes of a request
 
@@ -37,46 +42,57 @@ def serve(
     for flag in (*changed(server, "replicas", "dry_run").values(), *vllm_flags):
         raise UsageError(f"{flag} is only for --engine vllm")
     need("the server", "starlette", "uvicorn", "prometheus_client")
-    folder = None if server.allow_adapter_changes is None else server.allow_adapter_changes.resolve()
-    if folder is not None and not folder.is_dir():
-        raise StorageError(
-            f"--allow-adapter-changes {server.allow_adapter_changes}: expected a folder, found none; create it first"
-        )
-    from logo.api.guards import GuardSettings, is_loopback
+    adapter_changes = _changes_folder(server.allow_adapter_changes)
+    from logo.api.guards import is_loopback
     from logo.api.listening import address_of, listening
     from logo.api.logs import configure
-    from logo.api.names import read_key_adapters, unmatched
 
-    bound = {} if server.key_adapters is None else read_key_adapters(server.key_adapters)
-    guards = GuardSettings(
-        server.host,
-        server.api_keys,
-        MAX_BODY,
-        tuple(server.allow_host or ()),
-        tuple(server.cors or ()),
-        key_adapters=bound,
-    )
+    guards = _guards(server)
     configure(log_json=server.log != "text")
     # A log that programs read is JSON from its first line to its last.
     tell = note if server.log == "text" else logging.getLogger("logo.serve").info
-    if not guards.api_keys and not bound and not is_loopback(server.host):
+    if not guards.api_keys and not guards.key_adapters and not is_loopback(server.host):
         tell(serve_vllm.OPEN.format(server.host))
-    taken = listening(server.host, server.port)
+    socket = listening(server.host, server.port)
     base_model = or_demo(engine)
     name = server.model_name(base_model)
 
-    from logo.api.names import check_pool
+    from logo.api.names import check_pool, unmatched
     from logo.serve.app import AppSettings
     from logo.serve.batching import Memory
     from logo.serve.running import serve as run
     from logo.serve.service import Service
 
-    settings = AppSettings(name, adapter_changes=folder, log_prompts=server.log == "prompts")
+    settings = AppSettings(name, adapter_changes=adapter_changes, log_prompts=server.log == "prompts")
     logo = open_engine(engine, base_model, server.probe_text, adapter_memory_gb=server.adapter_memory_gb)
     check_pool(name, logo.names)
-    for pattern in unmatched(logo.names, bound):
+    for pattern in unmatched(logo.names, guards.key_adapters):
         tell(f"--key-adapters: no adapter matches {pattern!r} now")
     memory = Memory(server.max_concurrent, server.kv_cache_gb)
     service = Service(logo, memory, signals=("norm",))
     tell(service.batching.plan.line)
-    run(service, settings, guards, taken, lambda: tell(f"Serving on {address_of(taken)}"))
+    run(service, settings, guards, socket, lambda: tell(f"Serving on {address_of(socket)}"))
+
+
+def _changes_folder(folder: Path | None) -> Path | None:
+    """The folder from which requests may add adapters; StorageError if there is none."""
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise StorageError(f"--allow-adapter-changes {folder}: expected a folder, found none; create it first")
+    return folder.resolve()
+
+
+def _guards(server: ServerOptions) -> GuardSettings:
+    """Who may ask the server, and for what."""
+    from logo.api.guards import GuardSettings
+    from logo.api.names import read_key_adapters
+
+    return GuardSettings(
+        server.host,
+        server.api_keys,
+        MAX_BODY,
+        tuple(server.allow_host or ()),
+        tuple(server.cors or ()),
+        key_adapters={} if server.key_adapters is None else read_key_adapters(server.key_adapters),
+    )
