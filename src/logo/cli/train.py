@@ -60,7 +60,7 @@ def train(
     note("loading the base model")
     quiet_transformers()
     with progress(disable=not err.is_terminal) as bars:
-        shown = _Shown(bars)
+        bar = _TrainingBar(bars)
         trained = run(
             rows,
             base_model,
@@ -70,8 +70,8 @@ def train(
             overwrite=overwrite,
             device=device_of(device),
             model_dir=MODEL_DIR,
-            planned=shown.planned,
-            tell=shown.step,
+            planned=bar.planned,
+            tell=bar.step,
         )
     if json:
         print_json({"pool": str(output), **asdict(trained)})
@@ -80,7 +80,7 @@ def train(
     return int(bool(trained.failed))
 
 
-class _Shown:
+class _TrainingBar:
     """A bar over the steps of all tasks, or on no terminal a line for each task."""
 
     def __init__(self, bars: Progress) -> None:
