@@ -61,13 +61,13 @@ def options() -> argparse.ArgumentParser:
 def main() -> int:
     """Evaluates, and returns the exit code."""
     arguments = vars(options().parse_args())
-    from logo.cli.evaluate import evaluate
+    from logo.cli.evaluate import OfficialOptions, evaluate
     from logo.cli.output import warn_in_one_line
     from logo.errors import LoGoError
 
     warn_in_one_line("main.py")
     try:
-        return evaluate(**arguments, preset="official")
+        return evaluate(options=OfficialOptions(**arguments, preset="official"))
     except Exception as error:
         kind = "" if isinstance(error, LoGoError) else f"unexpected {type(error).__name__}: "
         print(f"main.py: error: {kind}{' '.join(str(error).split())}", file=sys.stderr)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas
 
 from logo.evaluation.compare import compare
-from logo.evaluation.metrics import measures
+from logo.evaluation.metrics import measures, scale_of
 from logo.evaluation.statistics import ALPHA
 
 ROWS = 150
@@ -34,7 +34,8 @@ def equal_runs(seed: int, rows: int = ROWS) -> pandas.DataFrame:
             hard = random.beta(2, 2, rows)
             for run in ("one", "other"):
                 for value in drawn(random, hard, metric):
-                    table.append({"run": run, "dataset": f"{main}.{number}", "metric": metric, "value": value})
+                    row = {"run": run, "dataset": f"{main}.{number}", "metric": metric, "scale": scale_of(metric)}
+                    table.append({**row, "value": value})
     return pandas.DataFrame(table)
 
 
@@ -50,7 +51,7 @@ def drawn(random: np.random.Generator, hard: np.ndarray, metric: str) -> list[An
 
 def marks_anything(seed: int, rows: int = ROWS) -> bool:
     """Whether a comparison of two equal runs marks a line."""
-    return any(line.found.is_marked for line in compare(equal_runs(seed, rows), seed=seed).lines)
+    return any(line.pair.is_marked for line in compare(equal_runs(seed, rows), seed=seed).lines)
 
 
 if __name__ == "__main__":

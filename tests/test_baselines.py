@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -116,7 +118,7 @@ def test_every_method(name: str, tiny_logo: LoGo, sentences: str) -> None:
         if name not in ("base", "lorahub"):
             assert sum(selection.weights) == pytest.approx(1)
         if method.picks is not None:
-            assert len(selection.adapters) <= method.picks
+            assert len(selection.adapters) <= (len(logo.names) if method.picks == "pool" else method.picks)
     assert logo.score("w3", "w4", [{}]) == before
     assert hooks(logo.model) == there
     json.dumps([dict(first.record), method.as_dict()])
@@ -255,6 +257,13 @@ def test_minimise(size: int) -> None:
     assert minimise(loss, size, 200, 1.5, 0) == (weights, found)
     assert numpy.random.get_state()[1].tolist() == before
     assert all(abs(weight) <= 1.5 for weight in weights)
+
+
+def test_what_nevergrad_warns_of_stays_inside() -> None:
+    """Also in a process in which nothing has imported it, and with another seed of cma."""
+    code = "from logo.baselines.lorahub import minimise; minimise(lambda w: sum(x * x for x in w), 3, 8, 1.5, 0)"
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["best-single", "lorahub"])
@@ -413,6 +422,9 @@ def test_arrow_in_an_evaluation_but_not_in_a_study(tmp_path: Path, capfd: pytest
     rows = str(write_rows(tmp_path / "rows/capital.jsonl", heldout()["capital"][:1]).parent)
     assert run(["eval", "run", "--rows", rows, "--method", "arrow", "--result-dir", str(tmp_path / "r")]) == 0
     [row] = [json.loads(file.read_text()) for file in (tmp_path / "r").rglob("rows.jsonl")]
-    assert row["selected"] == [] and row["error"] is None
+    assert row["selected"] == sorted(heldout()) and row["weights"] == [None] * 16 and row["error"] is None
+    [folder] = (tmp_path / "r").iterdir()
+    assert folder.name == "demo_method_arrow_n_16_seed_0"
+    assert run(["eval", "report", str(folder), "--save", str(tmp_path / "r.html")]) == 0
     assert run(["eval", "study", "--rows", rows, "--methods", "arrow", "--save", str(tmp_path / "s")]) == 2
     assert "method 'arrow' answers with a model of its own: compare it by `logo eval run`" in capfd.readouterr().err

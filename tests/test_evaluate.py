@@ -21,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logo import LoGo, UsageError
+from logo.adapters.examples import write_examples
 from logo.cli.app import run
 from logo.cli.evaluate import show
-from logo.demo import heldout
+from logo.demo import adapters_dir, heldout
 from logo.evaluation.results import FILES, lines, read_run
 from logo.evaluation.statistics import auroc, calibration_error
 from logo.evaluation.study import ALWAYS, IN_POOL, OUT_OF_POOL, REMOVED, summary
@@ -278,7 +279,7 @@ def test_another_metric_judges_what_an_unfinished_run_has_answered(
 
 @pytest.mark.parametrize(
     ("method", "picks"),
-    [("base", 0), ("uniform", 3), ("random", 20), ("target", 1), ("best-single", 1), ("lorahub", 20)],
+    [("base", 0), ("uniform", 16), ("random", 20), ("target", 1), ("best-single", 1), ("lorahub", 20)],
 )
 def test_methods_are_named_in_folder_and_record(method: str, picks: int, rows: Path, tmp_path: Path) -> None:
     train = write_rows(tmp_path / "train" / "antonym.jsonl", heldout()["antonym"][8:12]).parent
@@ -292,6 +293,36 @@ def test_methods_are_named_in_folder_and_record(method: str, picks: int, rows: P
     assert bool(about["found_out"]) == (learns or method == "target")
     if method == "target":
         assert {tuple(line["selected"]) for line in lines(folder)} == {("antonym",)}
+
+
+def test_target_fails_before_anything_is_computed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("antonym", "planets"):
+        write_rows(tmp_path / "rows" / f"{name}.jsonl", heldout()["antonym"][:2])
+    assert evaluated(tmp_path / "r", tmp_path / "rows", "--method", "target", code=1) == []
+    assert "target: dataset 'planets': there are rows that name no adapter" in one_line(capsys)
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_prompt_that_is_cut_is_recorded_by_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By how many tokens, in an evaluation, its report and a study, and not by its place in a batch."""
+    short, long = heldout()["antonym"][:2], {"context": "It rains. " * 700, "completion": "x"}
+    rows = write_rows(tmp_path / "rows" / "antonym.jsonl", [*short, long]).parent
+    prompts = LoGo.from_pretrained("demo", device="cpu").prompts
+    [prompt] = prompts.read([long["context"]], room=None)
+    assert prompts.context is not None and len(prompt) > prompts.context
+    cut = len(prompt) - (prompts.context - 4)
+    capsys.readouterr()
+    [folder] = evaluated(tmp_path / "r", rows, "--batch-size", "2")
+    said = capsys.readouterr().err
+    assert [line["cut"] for line in lines(folder)] == [0, 0, cut] and "prompt 1 has" not in said
+    assert f"antonym: 1 of 3 prompts were cut to fit, by up to {cut} tokens: rows 3; `cut` in rows.jsonl" in said
+    assert run(["eval", "report", str(folder), "--save", str(tmp_path / "r.html"), "--json"]) == 0
+    [note] = json.loads(capsys.readouterr().out)["notes"]
+    assert note.endswith(f"1 of 3 prompts of antonym were cut, by up to {cut} tokens")
+    report = studied(tmp_path / "s", rows, "--signals", "norm", "--protocols", "in-pool", "--generate", "4")
+    said = capsys.readouterr().err
+    assert [line["cut"] for line in lines(tmp_path / "s")] == [0, 0, cut] and report["cut"] == 1
+    assert "1 of 3 prompts were cut to fit" in said and "prompt 1 has" not in said
 
 
 def test_names_of_datasets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -456,6 +487,7 @@ def test_what_cannot_be_studied_is_said(tasks: Path, tmp_path: Path, capsys: pyt
         ("they ask for none of these rows", "--protocols", "out-of-pool", "--tasks", "antonym"),
         ("did you mean 'antonym'", "--tasks", "antonyms"),
         ("--save .: expected a folder of the study's own, found the current folder", "--save", "."),
+        ("expected a folder of the study's own, found one with rows, antonym.jsonl, ", "--save", str(tasks)),
     ):
         assert run(["eval", "study", *MODEL, "--rows", str(tasks), "--save", str(tmp_path / "s"), *more]) in (1, 2)
         err = capsys.readouterr().err
@@ -495,6 +527,33 @@ def test_any_gold_text_counts_and_no_prompt_is_cut_for_a_longer_answer(
     studied(tmp_path / "s", tmp_path / "rows", "--signals", "calibrated", "--protocols", "in-pool")
     [several, _] = [line["arms"][0] for line in lines(tmp_path / "s")]
     assert several["exact_match"] == 1 and several["nll"] < 1 and "is cut" not in capsys.readouterr().err
+
+
+def test_a_study_has_the_selections_that_its_options_say(tmp_path: Path, tasks: Path) -> None:
+    how = ("--tasks", "antonym", "--limit", "1", "--signals", "calibrated", "--protocols", "in-pool")
+    studied(tmp_path / "s", tasks, *how, "-k", "2", "--prior", "0.3")
+    settings = read_run(tmp_path / "s")["identity"]["settings"]
+    assert (settings["k"], settings["prior"]) == (2, 0.3)
+    [record] = lines(tmp_path / "s")
+    [row] = heldout()["antonym"][:1]
+    selection = LoGo.from_pretrained("demo", device="cpu", k=2, prior=0.3).select(row["context"])
+    assert record["arms"][0]["selected"] == list(selection.adapters)
+    assert record["arms"][0]["confidence"] == same_scores(selection.confidence)
+
+
+@pytest.mark.filterwarnings("always")
+def test_prompts_that_adapters_know_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("antonym", "plural", "french"):
+        shutil.copytree(adapters_dir() / name, tmp_path / "pool" / name)
+        write_rows(tmp_path / "rows" / f"{name}.jsonl", heldout()[name][:4])
+    write_examples(tmp_path / "pool" / "antonym", [row["context"] for row in heldout()["antonym"][:3]])
+    learnt = write_rows(tmp_path / "learnt" / "plural.jsonl", heldout()["plural"][2:8])
+    (tmp_path / "pool" / "plural" / "logo.yaml").write_text(f"rows: {{file: {learnt}}}\n")
+    how = ("--adapters", str(tmp_path / "pool"), "--limit", "4", "--signals", "norm", "--protocols", "in-pool")
+    studied(tmp_path / "s", tmp_path / "rows", *how)
+    said = capsys.readouterr().err
+    assert "3 rows are example prompts of adapters in the pool (3 of antonym): " in said
+    assert "2 rows are training rows of adapters in the pool (2 of plural): " in said
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=40))

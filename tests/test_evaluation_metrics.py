@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equal_runs
-from logo.evaluation.metrics import answer_in, bleu, em, em_multi, extra, metric_kind, rouge, summary_line
+from logo.evaluation.metrics import Scale, answer_in, bleu, em, em_multi, extra, metric_kind, rouge, summary_line
 from logo.evaluation.statistics import FEWEST, MCNEMAR, RANDOMISED, SWAPS, Values, holm, interval, of_mean, paired
 
 pytestmark = pytest.mark.slow
@@ -27,12 +27,13 @@ def test_the_first_line_is_what_str_splitlines_takes_for_one() -> None:
     for text, line in {
         " \n\t": "",
         "\n\nTrue\nFalse": "True",
-        "True  \nFalse": "True  ",  # blanks before the line's end stay
-        "True  ": "True",  # those at the end of everything go
+        "foo \nbar": "foo",
+        "True  ": "True",
         "one\u2028two": "one",
         "one\ttwo": "one\ttwo",
     }.items():
         assert answer_in(text) == line
+    assert answer_in("True  \nFalse", official=True) == "True  "  # as the official code leaves it
     assert answer_in("<think>\n\n</think>\n\n5\n6", preface="<think>\n\n</think>\n\n") == "5"
 
 
@@ -146,7 +147,7 @@ def test_wilson_by_its_formula(counts: tuple[int, int]) -> None:
     share, z = right / rows, NormalDist().inv_cdf(0.975)
     middle = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
     half = z / (1 + z**2 / rows) * np.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
-    found = interval([1.0] * right + [0.0] * (rows - right))
+    found = interval([1.0] * right + [0.0] * (rows - right), "binary")
     assert found == pytest.approx((middle - half, middle + half), abs=1e-9) and found is not None
     assert found[0] < found[1]  # also where all rows are right
 
@@ -154,9 +155,10 @@ def test_wilson_by_its_formula(counts: tuple[int, int]) -> None:
 def test_the_interval_of_graded_rows() -> None:
     values = np.random.default_rng(1).random(400)
     half = NormalDist().inv_cdf(0.975) * values.std() / 20
-    assert interval(values) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.005)
-    assert interval(values, 1) == interval(values, 1) != interval(values, 2)
-    assert interval(values[: FEWEST - 1]) is None and interval([0.5] * 50) is None  # nothing is known, nothing is said
+    assert interval(values, "graded") == pytest.approx((values.mean() - half, values.mean() + half), abs=0.005)
+    assert interval(values, "graded", 1) == interval(values, "graded", 1) != interval(values, "graded", 2)
+    # nothing is known, nothing is said
+    assert interval(values[: FEWEST - 1], "graded") is None and interval([0.5] * 50, "graded") is None
 
 
 def test_means_over_datasets_are_covered() -> None:
@@ -164,30 +166,31 @@ def test_means_over_datasets_are_covered() -> None:
     random, shares, held = np.random.default_rng(0), (0.97, 0.9, 0.6), 0
     for _ in range(400):
         rows = [(random.random(20) < share).astype(float) for share in shares]
-        found = of_mean([float(one.mean()) for one in rows], [interval(one) for one in rows])
+        found = of_mean([float(one.mean()) for one in rows], [interval(one, "binary") for one in rows])
         held += found is not None and found[0] <= np.mean(shares) <= found[1]
     assert 0.92 <= held / 400 <= 0.99
 
 
-@given(st.lists(RUNS, min_size=1, max_size=3))
+@given(st.lists(RUNS, min_size=1, max_size=3), st.booleans())
 @settings(max_examples=30)
-def test_swapping_the_runs_turns_every_number_around(runs: list[list[tuple[float, float]]]) -> None:
-    pairs = [sides(values) for values in runs]
-    there, back = paired(pairs), paired([(b, a) for a, b in pairs])
+def test_swapping_the_runs_turns_every_number_around(runs: list[list[tuple[float, float]]], binary: bool) -> None:
+    scale: Scale = "binary" if binary else "graded"
+    pairs = [sides([(round(a), round(b)) if binary else (a, b) for a, b in values]) for values in runs]
+    there, back = paired(pairs, scale), paired([(b, a) for a, b in pairs], scale)
     assert (back.a, back.b, back.difference) == pytest.approx((there.b, there.a, -there.difference))
     assert (back.better, back.worse, back.p, back.test) == (there.worse, there.better, there.p, there.test)
     assert (there.interval is None) == (back.interval is None)
     if there.interval is not None and back.interval is not None:
         assert back.interval == pytest.approx((-there.interval[1], -there.interval[0]), abs=1e-9)
-    same = paired([(a, a) for a, _ in pairs])
+    same = paired([(a, a) for a, _ in pairs], scale)
     assert (same.difference, same.p, same.better, same.worse) == (0, 1, 0, 0)
 
 
 @pytest.mark.parametrize(("better", "worse", "p"), [(0, 0, 1), (1, 0, 1), (5, 0, 1 / 16), (3, 3, 1), (8, 1, 5 / 128)])
 def test_mcnemar_by_hand(better: int, worse: int, p: float) -> None:
-    """Ties, of which there are five here, say nothing; swapping half-right rows is the same test."""
+    """Ties, of which there are five here, say nothing; swapping them as graded rows is the same test."""
     rows = [(0.0, 1.0)] * better + [(1.0, 0.0)] * worse + [(1.0, 1.0)] * 5
-    found, swapped = paired([sides(rows)]), paired([sides([(a / 2, b / 2) for a, b in rows])])
+    found, swapped = (paired([sides(rows)], scale) for scale in ("binary", "graded"))
     assert (found.test, found.p) == (MCNEMAR, pytest.approx(p))
     assert (swapped.test, swapped.p) == (RANDOMISED, pytest.approx(p))
 
@@ -198,19 +201,19 @@ def test_many_rows_are_swapped_at_random_as_scipy_does() -> None:
     a, b = normal(40, 0.4, seed=2)
     how = {"permutation_type": "samples", "n_resamples": 20_000, "rng": np.random.default_rng(5)}
     expected = permutation_test((a, b), lambda x, y, axis: np.mean(x - y, axis=axis), **how).pvalue
-    found = paired([(a, b)])
+    found = paired([(a, b)], "graded")
     assert found.p == pytest.approx(expected, abs=0.01) and (found.p * (SWAPS + 1)) % 1 == pytest.approx(0, abs=1e-6)
-    assert paired([(a, b)], seed=1) == paired([(a, b)], seed=1) != paired([(a, b)], seed=2)
-    assert paired([normal(60, 3.0)]).p == 1 / (SWAPS + 1)  # never 0
+    assert paired([(a, b)], "graded", 1) == paired([(a, b)], "graded", 1) != paired([(a, b)], "graded", 2)
+    assert paired([normal(60, 3.0)], "graded").p == 1 / (SWAPS + 1)  # never 0
 
 
 def test_over_datasets_it_is_the_mean_of_their_differences() -> None:
     long, short = normal(300, 0.5), normal(20, -0.1, seed=1)
-    found, alone = paired([long, short]), [paired([one]).difference for one in (long, short)]
+    found, alone = paired([long, short], "graded"), [paired([one], "graded").difference for one in (long, short)]
     assert found.difference == pytest.approx(np.mean(alone)) and found.rows == 320
     for pairs in ([], [(long[0], short[0])], [(long[0][:0], long[0][:0])]):
         with pytest.raises(ValueError, match="the same rows of each"):
-            paired(pairs)
+            paired(pairs, "graded")
 
 
 @given(st.lists(st.floats(1e-6, 1), max_size=8))

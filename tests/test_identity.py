@@ -28,7 +28,7 @@ from logo.errors import ModelError, UsageError
 from logo.evaluation.answer import Answerer, engine_identity, order_dependence, rows_digest
 from logo.evaluation.datasets import Dataset, find_datasets
 from logo.evaluation.results import Partial, differences
-from logo.evaluation.run import evaluate, in_this_process
+from logo.evaluation.run import Run, answer_datasets, in_this_process
 from logo.files import Store
 from logo.identity import base_digest, tokenizer_digest, weights_digest
 from logo.rows import Row
@@ -275,7 +275,7 @@ def answerer(tiny_logo: LoGo, **options: Any) -> Answerer:
 
 def evaluated(one: Answerer, rows: Path, folder: Path, **options: Any) -> list[Any]:
     datasets = find_datasets(rows)
-    return list(evaluate(datasets, folder, one.facts, in_this_process(one), method=one.method, **options))
+    return list(answer_datasets(datasets, Run(folder, one.facts, in_this_process(one), one.method, **options)))
 
 
 @pytest.fixture
@@ -330,8 +330,7 @@ def test_training_rows_are_recorded_as_they_were_read(tiny_logo: LoGo, rows: Pat
     def changed(dataset: Dataset, done: int) -> None:
         train.write_text('{"context": "w42 w43", "completion": "w10"}')
 
-    how: Any = {"method": one.method, "tell": changed}
-    list(evaluate([dataset], tmp_path / "r", one.facts, in_this_process(one), **how))
+    list(answer_datasets([dataset], Run(tmp_path / "r", one.facts, in_this_process(one), one.method, tell=changed)))
     identity = json.loads((tmp_path / "r" / "x" / "run.json").read_text())["identity"]
     assert identity["train_sha256"] == rows_digest([Row("w44 w45 w46", "w7")])
 
@@ -347,7 +346,7 @@ def test_what_another_process_finishes_meanwhile_stays(tiny_logo: LoGo, rows: Pa
         def tell(dataset: Dataset, done: int) -> None:
             told.append(dataset.name)
             if len(told) == 1:
-                list(evaluate(second, folder, other.facts, in_this_process(other)))
+                list(answer_datasets(second, Run(folder, other.facts, in_this_process(other))))
 
         return [done.skipped for done in evaluated(answerer(tiny_logo), rows, folder, tell=tell)]
 
@@ -361,7 +360,8 @@ def test_what_another_run_left_unfinished_is_refused_first(tiny_logo: LoGo, rows
     shutil.copy(rows / "x.jsonl", rows / "y.jsonl")
     other, told = Answerer(tiny_logo, "M", max_new_tokens=2), list[Dataset]()
     with pytest.raises(KeyboardInterrupt):
-        list(evaluate(find_datasets(rows)[1:], tmp_path, other.facts, in_this_process(other), tell=stopping))
+        run = Run(tmp_path, other.facts, in_this_process(other), tell=stopping)
+        list(answer_datasets(find_datasets(rows)[1:], run))
     with pytest.raises(UsageError, match=r"left by an unfinished run .*max_new_tokens is 2, not 3"):
         evaluated(answerer(tiny_logo), rows, tmp_path, tell=lambda dataset, done: told.append(dataset))
     assert not told
@@ -376,7 +376,7 @@ def test_what_a_method_found_out_is_known_after_an_interruption(
     datasets = [replace(each, train_file=train) for each in find_datasets(rows)]
 
     def found_out(folder: Path) -> Any:
-        list(evaluate(datasets, folder, one.facts, in_this_process(one), method=one.method))
+        list(answer_datasets(datasets, Run(folder, one.facts, in_this_process(one), one.method)))
         return json.loads((folder / "x" / "run.json").read_text())["found_out"]
 
     def interrupted(*_: Any) -> None:

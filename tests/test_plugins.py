@@ -20,7 +20,7 @@ from logo.baselines import get_method
 from logo.baselines.method import METHODS
 from logo.cli.app import run
 from logo.evaluation.answer import engine_identity
-from logo.evaluation.metrics import METRICS, checked_kind, measure, measures
+from logo.evaluation.metrics import METRICS, checked_kind, measure, measures, scale_of
 from logo.plugins import Definition, Registry
 from logo.recorded import without_secrets
 from logo.selection.signals import SIGNALS, get_signal, register_signal
@@ -198,6 +198,18 @@ def test_a_metric_says_a_number_from_0_to_1(site: Path) -> None:
     message = r"metric 'as_told' failed for the answer '1 / 0' and the gold texts \['hot'\] \(ZeroDivisionError: "
     with pytest.raises(PluginError, match=message):
         measure("as_told", "1 / 0", "hot")
+
+
+def test_a_metric_declares_its_scale(site: Path) -> None:
+    heading = "from logo import register_metric\n@register_metric('right', scale={!r})\n"
+    code = "def right(prediction, golds):\n    return float(prediction)\n"
+    load(site, "right", heading.format("binary") + code, "right")
+    assert measure("right", "1", "gold") == 1.0
+    assert [scale_of(kind) for kind in ("right", "em_multi", "rouge", "of_nobody")] == ["binary"] * 2 + ["graded"] * 2
+    with pytest.raises(PluginError, match=r"metric 'right': expected 0 or 1, since its scale is 'binary', found 0\.5"):
+        measure("right", "0.5", "gold")
+    with pytest.raises(PluginError, match="metric 'right': scale: expected one of binary, graded, found 'ordinal'"):
+        load(site, "ordinal", heading.format("ordinal") + code, "right")
 
 
 def test_a_changed_signal_reads_no_old_calibration(tmp_path: Path) -> None:

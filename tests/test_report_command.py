@@ -173,12 +173,64 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"only {LEFT} has wmt16.en-de" in compare(a, b, capsys=capsys)[1]
     shutil.rmtree(b / "bbh.two")
     write_result(b / "bbh.two", ["no"] * 8, ["yes", "no", "yes", "yes", "yes", "no", "yes", "no"])
+    lines, said = compare(a, b, capsys=capsys)  # what can be compared is, and the rest is named
+    assert "'bbh.two': expected the same rows, found row 4 with the completion 'no'" in said
+    assert [line["name"] for line in lines] == ["bbh.one"]
+    shutil.rmtree(b / "bbh.one")
     assert "'bbh.two': expected the same rows, found row 4 with the completion 'no'" in refused(a, b)
     shutil.rmtree(b)
     write_result(b / "nq.open", ["no"], ["yes"])
     assert "no dataset in common" in refused(a, b)
     write_result(b / "bbh.one", ["no"] * 8, ["yes", "no"] * 4, more={"metric": "rouge"}, value=[0.0] * 8)
     assert "expected values of the metric rouge, found 0.0" in refused(a, b)
+
+
+def test_an_official_run_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script compares lists of answers with the first one, and its results have no gold texts to judge by."""
+    official, ours = tmp_path / "m_selection_norm_n_2_seed_0", tmp_path / "m_selection_norm_n_2_seed_0_ours"
+    golds = [["yes", "no"], ["no", "yes"]] * 4
+    for folder, answers in ((official, ["yes"] * 8), (ours, ["no"] * 4 + ["maybe"] * 4)):
+        write_result(folder / "ai2_arc.ARC-Easy", answers, [first for first, _ in golds])
+        write_result(folder / "nq.natural-questions", answers, golds)
+    for file in official.rglob("*.json*"):
+        if file.stem not in OFFICIAL:
+            file.unlink()
+    values = official / "nq.natural-questions" / "eval_results.json"
+    values.write_text(json.dumps([1, 0] * 4))  # as the script judges these answers
+
+    lines, said = compare(official, ours, capsys=capsys)
+    assert [line["name"] for line in lines] == ["ai2_arc.ARC-Easy"]
+    unlike = (
+        f"'nq.natural-questions': expected one metric, found em_first in {official.name} and em_multi in {ours.name}"
+    )
+    hint = "--metric nq.natural-questions=em_first"
+    assert unlike in said and hint in said
+    lines, _ = compare(official, ours, *hint.split(), capsys=capsys)
+    assert [(line["name"], line["measure"], line["a"], line["b"]) for line in lines] == [
+        ("ai2_arc.ARC-Easy", "em", 0.5, 0.25),
+        ("nq.natural-questions", "em_first", 0.5, 0.25),
+        ("Closed-Book QA", "em", 0.5, 0.25),
+    ]
+    wrong = compare(tmp_path, "--metric", "nc=em", capsys=capsys, fails=True)[1]
+    assert "--metric nc=...: expected a dataset, found 'nc'" in wrong and "there are ai2_arc.ARC-Easy" in wrong
+
+    shown = report(official, ours, "--save", tmp_path / "r.html", "--json", capsys=capsys)
+    group = {line["run"]: line["score"] for line in shown["scores"] if line["name"] == "Closed-Book QA"}
+    assert group == {official.name: 0.5, ours.name: (0.25 + 0.5) / 2}
+    assert any("nq.natural-questions are compared with the first gold text alone" in one for one in shown["notes"])
+
+
+def test_intervals_follow_the_metric_and_not_its_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Answers that share no word with the gold texts have zeros, as wrong ones have."""
+    for name in (LEFT, RIGHT):
+        write_result(tmp_path / name / "gem.dart", ["x"] * 12, ["a b"] * 12)
+        write_result(tmp_path / name / "bbh.one", ["x"] * 12, ["a b"] * 12)
+    found = report(tmp_path, "--save", tmp_path / "r.html", "--json", capsys=capsys)
+    ends = {(one["name"], one["measure"]): (one["low"], one["high"]) for one in found["scores"]}
+    assert ends["gem.dart", "rouge-L"] == (None, None)
+    assert ends["bbh.one", "em"] == (0.0, pytest.approx(0.2425, abs=1e-4))
+    tests = {one["name"]: (one["test"], one["interval"]) for one in found["comparisons"]}
+    assert tests["gem.dart"] == ("randomised", None) and tests["bbh.one"][0] == "McNemar"
 
 
 def test_groups_of_the_paper() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.datasets import Dataset, dataset_file, find_datasets
+from logo.evaluation.datasets import Dataset, dataset_file, find_datasets, metric_choices
 from logo.rows import Row, read_rows
 from written import write_rows
 
@@ -174,8 +173,7 @@ def test_everything_in_official_order_then_the_rest(tmp_path: Path) -> None:
     names = ["bbh.navigate", "bbh.word_sorting", "glue.qnli", "alpha.c", "zoo.a.1", "zoo.b"]
     assert [one.name for one in found] == names
     file, train = tmp_path / "bbh/navigate/test.jsonl", tmp_path / "learn/bbh.navigate.jsonl"
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert found[0] == Dataset("bbh.navigate", file, (Row("Q: 1 + 1\nA:", "2"),), "em", sha256, train)
+    assert found[0] == Dataset("bbh.navigate", file, (Row("Q: 1 + 1\nA:", "2"),), "em", train)
 
 
 @pytest.mark.filterwarnings("ignore:not in .*, left out")
@@ -236,6 +234,27 @@ def test_a_flat_folder(tmp_path: Path) -> None:
         find_datasets(tmp_path, "d")
 
 
+def test_rows_beside_a_result_or_an_adapter_are_named(tmp_path: Path) -> None:
+    """What the result and the adapter have there themselves is no row of anybody's, and not worth a word."""
+    for name in ("a", "done/b", "done/rows", "own/examples", "study/rows", "adapter/c", "adapter/examples"):
+        flat(tmp_path / f"{name}.jsonl", "1")
+    for mark in ("done/run.json", "study/run.json", "adapter/adapter_config.json", "own/adapter_config.json"):
+        (tmp_path / mark).touch()
+    said = (
+        r"adapter/c\.jsonl not read: adapter/adapter_config\.json beside it says that the folder holds an adapter; "
+        r"done/b\.jsonl not read: done/run\.json beside it says that the folder holds a result; keep rows in a folder"
+    )
+    with pytest.warns(UserWarning, match=said) as caught:
+        assert [one.name for one in find_datasets(tmp_path)] == ["a"]
+    assert len(caught) == 1 and "rows.jsonl" not in str(caught[0].message)
+    with pytest.raises(DataError, match=r"dataset 'done/b': done/b\.jsonl not read: done/run\.json beside it says"):
+        find_datasets(tmp_path, "done/b")
+    with pytest.raises(
+        DataError, match=r"expected NAME\.jsonl or .*, found none: b\.jsonl not read: run\.json beside it"
+    ):
+        find_datasets(tmp_path / "done")
+
+
 def flat(file: Path, *completions: str) -> Path:
     return write_rows(file, [{"context": f"q{i}", "completion": text} for i, text in enumerate(completions)])
 
@@ -250,7 +269,17 @@ def test_the_metric_is_the_one_asked_for_or_declared_or_the_names(tmp_path: Path
 
     assert metrics() == ["em_multi", "bleu", "rouge"]
     assert metrics(official=True) == ["em_first", "bleu", "rouge"]
-    assert metrics(metric="em_multi", official=True) == ["em_multi"] * 3
+    assert metrics(metrics=metric_choices(["em_multi"]), official=True) == ["em_multi"] * 3
+    chosen = metric_choices(["em", "wmt14=bleu", "nq=rouge", "nq.*=em_multi"])
+    assert metrics(metrics=chosen, official=True) == ["em_multi", "bleu", "em"]
+    with pytest.raises(UsageError, match=r"--metric n1=...: expected a dataset, found 'n1'.*; there are nq"):
+        metrics(metrics={"n1": "em"})
+    for texts, message in (
+        (["em", "bleu"], "expected one metric for all datasets, found em and bleu; DATASET=METRIC"),
+        (["nq=f1"], r"--metric: expected a metric \(em, .*found 'f1'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            metric_choices(texts)
     for content, message in (
         ("metric: blue\n", r"test\.yaml: expected a metric \(em, .*found 'blue' \(did you mean 'bleu'"),
         ("metric: em\nother: 1\n", r"test\.yaml: expected 'metric: NAME' and nothing else, found"),

@@ -24,11 +24,13 @@ class Prompt:
         ids: what the model reads, special tokens included.
         probed: what is probed, special tokens included: the user's text, not the template around it.
         text: the text of `ids`; None if token ids were given, or if the prompt was cut.
+        cut: tokens that were left out of `ids`, since the prompt was too long.
     """
 
     ids: tuple[int, ...]
     probed: tuple[int, ...]
     text: str | None = None
+    cut: int = 0
 
     @classmethod
     def of_ids(cls, ids: tuple[int, ...] | list[int]) -> Prompt:

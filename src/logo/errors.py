@@ -72,6 +72,10 @@ class NotFinite(ModelError, ArithmeticError):
     """A result is NaN or infinite."""
 
 
+class PromptCut(UserWarning):
+    """A prompt has more tokens than fit, so that its beginning or its end is left out (`logo.core.Prompt.cut`)."""
+
+
 class Unsure(PoolError):
     """No adapter seems to be made for a prompt, and `when_unsure` is `"refuse"`; has the `scores` by name, the
     `confidence` that is too low, and the `reason` without Python's options that change it: the command line and the

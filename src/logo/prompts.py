@@ -14,13 +14,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from logo.core import ProbeText, Prompt
-from logo.errors import UsageError, check_type, closest
+from logo.errors import PromptCut, UsageError, check_type, closest
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    OnePrompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | Tensor
+    OnePrompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | Tensor | Prompt
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -116,14 +116,15 @@ class Prompts:
         warnings.warn(
             f"prompt {number} has {len(prompt.ids)} tokens, more than the {limit} that fit: "
             f"its {'end' if right else 'beginning'} is cut",
-            UserWarning,
+            PromptCut,
             stacklevel=4,
         )
+        cut = len(prompt.ids) - limit
         if right:
-            return Prompt(prompt.ids[:limit], prompt.probed[:limit])
+            return Prompt(prompt.ids[:limit], prompt.probed[:limit], cut=cut)
         ids = cut_left(self.tokenizer, prompt.ids, limit)
         probed = cut_left(self.tokenizer, prompt.probed, limit)
-        return Prompt(tuple(ids), tuple(probed))
+        return Prompt(tuple(ids), tuple(probed), cut=cut)
 
     def check_known(self, what: str, ids: Sequence[int]) -> None:
         """Raises UsageError if tokens of a text, which is named by `what`, are beyond those that the model knows."""

@@ -77,12 +77,35 @@ class Row:
         return {name: value for name, value in fields.items() if value}
 
 
+# A file that marks the folder of a result or of an adapter -> the file of JSON lines there that is no row of a user.
+_MARKS: Mapping[str, str] = {"run.json": "rows.jsonl", "adapter_config.json": "examples.jsonl"}
+
+
 def row_files(root: Path) -> list[Path]:
     """The files below a folder that may hold rows, sorted: not hidden ones, and not those of results and adapters."""
-    files = sorted(walked(root))
-    shown = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    without_rows = {path.parent for path in shown if path.name in ("run.json", "adapter_config.json")}
-    return [path for path in shown if path.parent not in without_rows]
+    shown = _shown_files(root)
+    marked = {path.parent for path in shown if path.name in _MARKS}
+    return [path for path in shown if path.parent not in marked]
+
+
+def passed_over(root: Path) -> dict[Path, list[Path]]:
+    """The files of JSON lines that `row_files` leaves out although they are not what a result or an adapter has there
+    itself, by the file that marks their folder."""
+    shown = _shown_files(root)
+    skipped: dict[Path, list[Path]] = {}
+    for mark in (path for path in shown if path.name in _MARKS):
+        beside = [path for path in shown if path.parent == mark.parent and path.suffix == ".jsonl"]
+        files = [path for path in beside if path.name != _MARKS[mark.name]]
+        if files:
+            skipped[mark] = files
+    return skipped
+
+
+def _shown_files(root: Path) -> list[Path]:
+    """The files below a folder that are not hidden, sorted."""
+    return [
+        path for path in sorted(walked(root)) if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
 
 
 def unread(root: Path, read: Collection[Path]) -> list[str]:

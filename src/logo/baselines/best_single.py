@@ -26,14 +26,19 @@ def best_single(logo: LoGo, task: Task, *, rows: int = 16, seed: int = 0) -> Pre
         DataError: there are no training rows, or one cannot be scored.
     """
     pairs = labelled(logo, task, rows, seed)
-    names, table = task.candidates(logo), dict[str, dict[str, float]]()
+    names = task.candidates(logo)
+    table: dict[str, dict[str, float]] = {}
     for start in range(0, len(names), _TOGETHER):
-        some = names[start : start + _TOGETHER]
-        mixtures = [{name: 1.0} for name in some]
-        scored = [logo.score_pairs([pair] * len(some), mixtures, batch_size=len(some)) for pair in pairs]
-        for name, column in zip(some, zip(*scored, strict=True), strict=True):
-            matches = sum(one.exact_match for one in column) / len(column)
-            table[name] = {"exact_match": matches, "nll": sum(one.nll for one in column) / len(column)}
+        adapters = names[start : start + _TOGETHER]
+        mixtures = [{name: 1.0} for name in adapters]
+        scores_of_rows = [
+            logo.score_pairs([pair] * len(adapters), mixtures, batch_size=len(adapters)) for pair in pairs
+        ]
+        for name, scores in zip(adapters, zip(*scores_of_rows, strict=True), strict=True):
+            table[name] = {
+                "exact_match": sum(score.exact_match for score in scores) / len(scores),
+                "nll": sum(score.nll for score in scores) / len(scores),
+            }
     best = best_of(table)
     return Prepared(same_for_all({best: 1.0}), {"adapter": best, "rows": len(pairs), "table": table})
 
@@ -49,8 +54,8 @@ def labelled(logo: LoGo, task: Task, count: int, seed: int) -> list[tuple[list[i
     Raises:
         DataError: there are none, or one cannot be scored.
     """
-    known: Sequence[Example] = list(task.train())
-    drawn = Random(seed).sample(known, min(count, len(known)))
+    rows: Sequence[Example] = list(task.train())
+    drawn = Random(seed).sample(rows, min(count, len(rows)))
     with _named(task):
         return [_tokens(logo, row) for row in drawn]
 

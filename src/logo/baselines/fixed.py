@@ -18,7 +18,7 @@ def base(logo: LoGo, task: Task) -> Prepared:
     return Prepared(same_for_all({}))
 
 
-@register_method()
+@register_method(picks="pool")
 def uniform(logo: LoGo, task: Task) -> Prepared:
     """The whole pool with equal weights."""
     names = task.candidates(logo)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _ROWS_PER_PASS = 8
 
 
-@register_method(needs="train", source="Huang et al., LoraHub, arXiv 2307.13269")
+@register_method(needs="train")
 def lorahub(
     logo: LoGo,
     task: Task,
@@ -42,16 +42,17 @@ def lorahub(
         MissingLibrary: nevergrad is not installed.
         DataError: there are no training rows, or one cannot be scored.
     """
-    pairs, among = labelled(logo, task, rows, seed), task.candidates(logo)
-    names = sorted(Random(seed).sample(among, min(k, len(among))))
+    pairs = labelled(logo, task, rows, seed)
+    candidates = task.candidates(logo)
+    names = sorted(Random(seed).sample(candidates, min(k, len(candidates))))
 
     def loss(weights: Sequence[float]) -> float:
         mixtures = [dict(zip(names, weights, strict=True))] * len(pairs)
         return objective(logo.score_pairs(pairs, mixtures, batch_size=_ROWS_PER_PASS), weights, penalty)
 
-    weights, found = minimise(loss, len(names), budget, bound, seed)
+    weights, least = minimise(loss, len(names), budget, bound, seed)
     mixture = dict(zip(names, weights, strict=True))
-    record = {"seed": seed, "rows": len(pairs), "budget": budget, "loss": found, "drawn": names, "weights": mixture}
+    record = {"seed": seed, "rows": len(pairs), "budget": budget, "loss": least, "drawn": names, "weights": mixture}
     return Prepared(same_for_all({name: weight for name, weight in mixture.items() if weight}), record)
 
 
@@ -75,16 +76,25 @@ def minimise(
         MissingLibrary: nevergrad is not installed.
     """
     need("method 'lorahub'", "nevergrad")
-    with _repeatable(seed), warnings.catch_warnings():
-        import nevergrad
-
-        warnings.simplefilter("ignore")  # nevergrad warns about optimisers that it has chosen itself
-        space: Any = nevergrad.p.Array(init=[0.0] * size, lower=[-bound] * size, upper=[bound] * size)
-        space.random_state.seed(seed)
-        optimiser = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
-        found = optimiser.minimize(lambda weights: loss([float(w) for w in weights]))
-    weights = [float(w) for w in found.value]
+    with warnings.catch_warnings():
+        # nevergrad and cma warn when they are imported, and nevergrad of optimisers that it has chosen itself.
+        warnings.simplefilter("ignore")
+        with _repeatable(seed):
+            weights = [float(weight) for weight in _optimised(loss, size, budget, bound, seed)]
     return weights, loss(weights)
+
+
+def _optimised(
+    loss: Callable[[Sequence[float]], float], size: int, budget: int, bound: float, seed: int
+) -> Sequence[float]:
+    """The weights that nevergrad recommends."""
+    import nevergrad
+
+    space: Any = nevergrad.p.Array(init=[0.0] * size, lower=[-bound] * size, upper=[bound] * size)
+    space.random_state.seed(seed)
+    optimiser = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
+    weights: Sequence[float] = optimiser.minimize(lambda array: loss([float(weight) for weight in array])).value
+    return weights
 
 
 @contextmanager

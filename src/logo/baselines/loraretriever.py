@@ -23,7 +23,7 @@ _LORA_RETRIEVER = "Styxxxx/lora_retriever"  # LoraRetriever's own, an INSTRUCTOR
 _OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "tf_model*", "flax_model*", "rust_model*"]
 
 
-@register_method(needs="examples", source="Zhao et al., LoraRetriever, arXiv 2402.09997")
+@register_method(needs="examples")
 def loraretriever(
     logo: LoGo, task: Task, *, k: int = 3, embedding_model: str = DEFAULT_MODEL, instruction: str = ""
 ) -> Prepared:
@@ -42,7 +42,8 @@ def loraretriever(
     import torch
 
     names = task.candidates(logo)
-    if lacking := [name for name in names if not logo.pool[name].examples]:
+    lacking = [name for name in names if not logo.pool[name].examples]
+    if lacking:
         raise DataError(
             f"method 'loraretriever' compares prompts with the example prompts of every adapter, found none of "
             f"{listed(lacking, 5)}; give them some with `logo pool examples`"
@@ -89,10 +90,16 @@ def embed(texts: Sequence[str], model: str = DEFAULT_MODEL, instruction: str = "
 
     loaded = _load(model, device)
     if any(getattr(module, "include_prompt", True) is False for module in loaded):
-        instruction, texts = instruction.strip(), [text.strip() for text in texts]
-    how: dict[str, Any] = {"batch_size": _BATCH, "convert_to_tensor": True, "show_progress_bar": False}
+        instruction = instruction.strip()
+        texts = [text.strip() for text in texts]
     with torch.no_grad():
-        vectors: Tensor = loaded.encode(list(texts), prompt=instruction or None, **how)
+        vectors: Tensor = loaded.encode(
+            list(texts),
+            prompt=instruction or None,
+            batch_size=_BATCH,
+            convert_to_tensor=True,
+            show_progress_bar=False,
+        )
     return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
 
 

@@ -1,6 +1,6 @@
 """What a method is: how adapters are chosen for the prompts of a dataset, as a function with a decorator.
 
-    @logo.register_method(needs="train", source="arXiv 2307.13269")
+    @logo.register_method(needs="train")
     def mine(logo: LoGo, task: Task, *, rows: int = 5, seed: int = 0) -> Prepared: ...
 
 The function finds out what has to be known about a dataset before its first prompt. Its keyword arguments are the
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from logo.engine import LoGo
     from logo.prompts import Conversation
 
-Need = Literal["train", "examples", ""]
+Need = Literal["train", "examples", "target", ""]
+Picks = int | Literal["pool"] | None  # adapters per prompt at most; "pool": all of them; None: the engine decides
 # (prompts, batch size) -> one selection each, which does not depend on the other prompts of the call.
 Select = Callable[[Sequence[Any], int], list[Selection]]
 
@@ -74,22 +75,23 @@ class Prepared:
         select: returns a selection for each prompt (`text_of` makes a text of any); None: the engine selects.
         record: what the method found out, for JSON: weights, tables, seeds.
         engine: answers instead of the engine that was given; of a method that changes the model.
+        routed: the adapters that such a model mixes by itself, with weights that nobody knows.
     """
 
     select: Select | None
     record: Mapping[str, Any] = field(default_factory=dict)
     engine: LoGo | None = None
+    routed: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Described:
-    """A registered function, what it `needs` of a dataset or pool, where it is from, and the adapters per prompt at
-    most, if that is fixed."""
+    """A registered function, what it `needs` of a dataset or pool, and the adapters per prompt at most, if that is
+    fixed."""
 
     function: Callable[..., Prepared]
     needs: Need
-    source: str
-    picks: int | None
+    picks: Picks
 
 
 METHODS: Registry[Described] = Registry("method")
@@ -103,14 +105,14 @@ _KINDS: tuple[tuple[type, Callable[[Any], bool], str], ...] = (
 
 
 def register_method(
-    *, needs: Need = "", source: str = "", picks: int | None = None, name: str = ""
+    *, needs: Need = "", picks: Picks = None, name: str = ""
 ) -> Callable[[Callable[..., Prepared]], Callable[..., Prepared]]:
     """Registers a function as the method of its name, with `-` for `_`; a decorator.
 
     Args:
-        needs: `"train"`: labelled rows; `"examples"`: example prompts of every adapter.
-        source: a citation.
-        picks: adapters per prompt at most; None: its option `k`, or else the engine decides.
+        needs: `"train"`: labelled rows; `"examples"`: example prompts of every adapter; `"target"`: the target adapter
+            of every row, as an oracle knows it.
+        picks: adapters per prompt at most; `"pool"`: all of them; None: its option `k`, or else the engine decides.
         name: another name.
 
     Raises:
@@ -118,7 +120,7 @@ def register_method(
     """
 
     def add(function: Callable[..., Prepared]) -> Callable[..., Prepared]:
-        described = Described(function, needs, source, picks)
+        described = Described(function, needs, picks)
         METHODS.add(name or function.__name__.replace("_", "-"), described, function)
         return function
 
@@ -138,15 +140,16 @@ class Method:
         return METHODS[self.name].needs
 
     @property
-    def picks(self) -> int | None:
-        """Adapters per prompt at most; None where the engine decides."""
-        known: int | None = self.options.get("k")
-        return METHODS[self.name].picks if known is None else known
+    def picks(self) -> Picks:
+        """Adapters per prompt at most; `"pool"`: all of them; None: the engine decides."""
+        k: int | None = self.options.get("k")
+        return METHODS[self.name].picks if k is None else k
 
     def as_dict(self) -> dict[str, Any]:
         """Name and options for JSON, with digests of secrets, and the plugin that it comes from."""
+        facts = {"method": self.name, **identified(self.options)}
         plugin = METHODS.definition(self.name)
-        return {"method": self.name, **identified(self.options), **({} if plugin is None else {"plugin": plugin})}
+        return facts if plugin is None else {**facts, "plugin": plugin}
 
     def prepare(self, logo: LoGo, task: Task) -> Prepared:
         """Finds out what has to be known about a dataset before its first prompt.
@@ -159,22 +162,22 @@ class Method:
         if METHODS.definition(self.name) is None:
             return function(logo, task, **self.options)
         with running(f"method {self.name!r}"):
-            found: object = function(logo, task, **self.options)
-        if not isinstance(found, Prepared):
-            raise PluginError(f"method {self.name!r}: expected it to return Prepared, found {found!r:.60}")
-        own = found.select
-        if own is None:
-            return found
+            prepared: object = function(logo, task, **self.options)
+        if not isinstance(prepared, Prepared):
+            raise PluginError(f"method {self.name!r}: expected it to return Prepared, found {prepared!r:.60}")
+        select_of_plugin = prepared.select
+        if select_of_plugin is None:
+            return prepared
 
         def select(prompts: Sequence[Any], batch_size: int) -> list[Selection]:
             with running(f"method {self.name!r}"):
-                chosen = list(own(prompts, batch_size))
-            if len(chosen) != len(prompts):
-                expected = f"one selection for each of {len(prompts)} prompts, found {len(chosen)}"
+                selections = list(select_of_plugin(prompts, batch_size))
+            if len(selections) != len(prompts):
+                expected = f"one selection for each of {len(prompts)} prompts, found {len(selections)}"
                 raise PluginError(f"method {self.name!r}: expected {expected}")
-            return chosen
+            return selections
 
-        return replace(found, select=select)
+        return replace(prepared, select=select)
 
 
 def plain_value(text: str) -> Any:
@@ -187,14 +190,20 @@ def plain_value(text: str) -> Any:
         return text
 
 
-def _value(given: Any, usual: Any) -> Any:
-    """The value of an option, which may be given as a text, as the kind of its default."""
-    if not isinstance(given, str) or isinstance(usual, str):
-        return given
+def _value(value: Any, default: Any) -> Any:
+    """The value of an option, which may be written as a text, as the kind of its default."""
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
     try:
-        return type(usual)(given) if type(usual) in (int, float) else plain_value(given)
+        return type(default)(value) if type(default) in (int, float) else plain_value(value)
     except ValueError:
-        return given
+        return value
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """The options of a method, with their defaults; UsageError if there is no such method."""
+    parameters = inspect.signature(METHODS[name].function).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
 def get_method(name: str, /, *, k: int | None = None, seed: int = 0, **options: Any) -> Method:
@@ -203,34 +212,35 @@ def get_method(name: str, /, *, k: int | None = None, seed: int = 0, **options: 
     Raises:
         UsageError: there is no such method or option, or an option is of another kind.
     """
-    parameters = inspect.signature(METHODS[name].function).parameters.values()
-    known = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
-    if k is not None and "k" not in known:
-        raise UsageError(f"method {name!r} has no number of adapters; leave out -k")
-    options |= {} if k is None else {"k": k}
+    defaults = _defaults(name)
+    if k is not None:
+        if "k" not in defaults:
+            raise UsageError(f"method {name!r} has no number of adapters; leave out -k")
+        options["k"] = k
     for option in options:
-        if option not in known:
-            has = f"it has: {', '.join(known)}" if known else "it has none"
-            raise UsageError(f"method {name!r} has no option {option!r}{closest(option, known)}; {has}")
-    options = {option: _value(value, known[option]) for option, value in options.items()}
-    own = {"seed": seed, **options}
+        if option not in defaults:
+            has = f"it has: {', '.join(defaults)}" if defaults else "it has none"
+            raise UsageError(f"method {name!r} has no option {option!r}{closest(option, defaults)}; {has}")
+    options = {option: _value(value, defaults[option]) for option, value in options.items()}
     for option, value in options.items():
-        for kind, right, expected in _KINDS:
-            if type(known[option]) is kind and not right(value):
+        for kind, is_right, expected in _KINDS:
+            if type(defaults[option]) is kind and not is_right(value):
                 raise UsageError(f"method {name!r}: {option}: expected {expected}, found {value!r}")
-    return Method(name, {**known, **{option: value for option, value in own.items() if option in known}})
+    if "seed" in defaults:
+        options.setdefault("seed", seed)
+    return Method(name, {**defaults, **options})
 
 
 def get_methods(names: Sequence[str], options: Mapping[str, Any], seed: int = 0) -> dict[str, Method]:
     """Several methods by name, each with those of the options that it has; errors as `get_method`, also for an option
     that none of them has."""
-    known = {name: inspect.signature(METHODS[name].function).parameters for name in names}
+    defaults = {name: _defaults(name) for name in names}
     for option in options:
-        if not any(option in parameters for parameters in known.values()):
+        if not any(option in of_method for of_method in defaults.values()):
             raise UsageError(f"method option {option!r}: none of {', '.join(names) or 'the methods'} has it")
     return {
-        name: get_method(name, seed=seed, **{key: value for key, value in options.items() if key in parameters})
-        for name, parameters in known.items()
+        name: get_method(name, seed=seed, **{option: value for option, value in options.items() if option in of_method})
+        for name, of_method in defaults.items()
     }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from logo.adapters.pool import DEFAULT_K
 from logo.adapters.sources import default_k, pool_sources
-from logo.cli.opening import MODEL_DIR, placed, quiet_transformers
+from logo.cli.opening import DEFAULT_SIGNAL, MODEL_DIR, placed, quiet_transformers
 from logo.cli.options import (
     Context,
     Engine,
@@ -32,10 +32,13 @@ from logo.cli.options import (
 )
 from logo.cli.output import check_writable, err, note, plain_table, print_json, progress, screen
 from logo.cli.prompts import or_demo
-from logo.errors import UsageError
+from logo.errors import UsageError, listed
 from logo.recorded import without_secrets
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+    from rich.table import Table
+
     from logo.evaluation.answer import Opening
     from logo.evaluation.datasets import Dataset
     from logo.evaluation.run import Done
@@ -59,8 +62,8 @@ class RowOptions:
     train_rows: Annotated[Path | None, said("beside test.jsonl")] = None
     """Folder of NAME.jsonl to learn from."""
 
-    metric: Annotated[str | None, said("of each dataset")] = None
-    """em, em_multi, em_first, bleu, rouge or a plugin's."""
+    metric: Annotated[list[str] | None, said("of each dataset")] = None
+    """em, em_multi, em_first, bleu, rouge or a plugin's; DATASET=METRIC for some (repeatable)."""
 
     limit: Annotated[int | None, said("all", validator=positive)] = None
     """Only the first rows of each dataset."""
@@ -83,14 +86,18 @@ class RowOptions:
     seed: Annotated[int, Parameter(validator=not_negative)] = 0
     """Random seed; part of the result folder's name."""
 
-    def found(self, official: bool = False) -> list[Dataset]:
+    def datasets(self, official: bool = False) -> list[Dataset]:
         """The datasets, every row checked; with the official script's form of each metric, if asked."""
-        from logo.evaluation.datasets import find_datasets
-        from logo.evaluation.metrics import checked_kind
+        from logo.evaluation.datasets import find_datasets, metric_choices
 
-        metric = None if self.metric is None else checked_kind(self.metric, "--metric")
-        how: dict[str, Any] = {"limit": self.limit, "metric": metric, "train_rows": self.train_rows}
-        return find_datasets(self.rows, self.dataset, official=official, **how)
+        return find_datasets(
+            self.rows,
+            self.dataset,
+            limit=self.limit,
+            metrics=metric_choices(self.metric),
+            official=official,
+            train_rows=self.train_rows,
+        )
 
 
 def run(
@@ -120,142 +127,240 @@ def run(
     workers.check(engine.device)
     base_model = or_demo(engine)
     command = written("eval run", rows, method, engine)
-    command["options"] |= {} if runner == "local" else {"engine": runner}
     options: dict[str, Any] = {
-        **{"engine": runner, "k": engine.n_selected_modules, "signal": engine.signal or "calibrated"},
-        **{"when_unsure": engine.when_unsure, "prior": engine.prior, "dtype": engine.dtype or "auto"},
-        **{"model_dir": MODEL_DIR},
+        "engine": runner,
+        "k": engine.n_selected_modules,
+        "signal": engine.signal or DEFAULT_SIGNAL,
+        "when_unsure": engine.when_unsure,
+        "prior": engine.prior,
+        "dtype": engine.dtype or "auto",
+        "model_dir": MODEL_DIR,
         **placed(engine.device),
     }
-    if runner == "vllm":  # set before it is imported, so that its messages stay out of this command's output
+    if runner == "vllm":
+        command["options"]["engine"] = runner
+        # Set before it is imported, so that its messages stay out of this command's output.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if engine_args:
         if runner != "vllm":
             raise UsageError("--engine-args is only for --engine vllm; leave it out")
-        options["model_kwargs"] = {
-            name: plain_value(text) for name, text in arguments("--engine-args", engine_args).items()
-        }
+        texts = arguments("--engine-args", engine_args)
+        options["model_kwargs"] = {name: plain_value(text) for name, text in texts.items()}
         command["options"] |= without_secrets({"engine_args": engine_args})
-    made = method.make(engine.n_selected_modules, rows.seed)
-    opening = Opening(base_model, engine.sources, options, made, rows.max_new_tokens, rows.seed)
+    selecting = method.make(engine.n_selected_modules, rows.seed)
+    opening = Opening(base_model, engine.sources, options, selecting, rows.max_new_tokens, rows.seed)
     return answered(opening, rows, workers, command, json=json)
 
 
-def evaluate(
-    *,
-    dataset: Annotated[str, said("all in the data folder")] = "",
-    base_model: str = "Llama-3.1-8B",
-    gpu: Annotated[str, Parameter(name=("--gpu", "--device"), converter=device_name, n_tokens=1)] = "auto",
-    selection_strategy: str = "norm",
-    n_selected_modules: Annotated[int, Parameter(name=("--n-selected-modules", "-k"), validator=positive)] = DEFAULT_K,
-    seed: Annotated[int, Parameter(validator=not_negative)] = 0,
-    generation_early_stop: bool = False,
-    data_dir: str = "./data",
-    model_dir: str = MODEL_DIR,
-    result_dir: str = "results",
-    save_dir: str = "",
-    adapters: Annotated[str | None, said("the base model's own")] = None,
-    limit: Annotated[int | None, said("all", validator=positive)] = None,
-    max_new_tokens: Annotated[int, Parameter(validator=positive)] = 256,
-    batch_size: Annotated[int, Parameter(validator=positive)] = 1,
-    probe_context: Annotated[Context | None, said("base; with the preset: carry")] = None,
-    preset: Literal["official"] | None = None,
-    overwrite: bool = False,
-) -> int:
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class OfficialOptions:
+    """The options of the official script, by their names there, and some of ours."""
+
+    dataset: Annotated[str, said("all in the data folder")] = ""
+    """Name, list `a,b` or pattern `bbh.*`."""
+
+    base_model: str = "Llama-3.1-8B"
+    """Hub id, folder or short name."""
+
+    gpu: Annotated[str, Parameter(name=("--gpu", "--device"), converter=device_name, n_tokens=1)] = "auto"
+    """GPU number, if there is one; -1 is the CPU."""
+
+    selection_strategy: str = "norm"
+    """`norm`, `entropy` or another signal."""
+
+    n_selected_modules: Annotated[int, Parameter(name=("--n-selected-modules", "-k"), validator=positive)] = DEFAULT_K
+    """Adapters selected per prompt."""
+
+    seed: Annotated[int, Parameter(validator=not_negative)] = 0
+    """Random seed; part of the result folder's name."""
+
+    generation_early_stop: bool = False
+    """Stop generating at the first newline."""
+
+    data_dir: str = "./data"
+    """Rows are read from DIR/main/sub/test.jsonl."""
+
+    model_dir: str = MODEL_DIR
+    """Folder that is searched first for base models and adapters."""
+
+    result_dir: str = "results"
+    """Folder for result folders."""
+
+    save_dir: str = ""
+    """Accepted for the official command line; not used."""
+
+    adapters: Annotated[str | None, said("the base model's own")] = None
+    """Folder, Hub repo or manifest of adapters; several with commas."""
+
+    limit: Annotated[int | None, said("all", validator=positive)] = None
+    """Only the first rows of each dataset."""
+
+    max_new_tokens: Annotated[int, Parameter(validator=positive)] = 256
+    """Longest answer, in tokens."""
+
+    batch_size: Annotated[int, Parameter(validator=positive)] = 1
+    """Prompts per forward pass."""
+
+    probe_context: Annotated[Context | None, said("base; with the preset: carry")] = None
+    """Adapters active while probing: none, the whole pool, or as the official script runs."""
+
+    preset: Literal["official"] | None = None
+    """`official`: read and cut prompts exactly as the authors' script does."""
+
+    overwrite: bool = False
+    """Start again, replacing finished rows and a result of another run."""
+
+    @property
+    def rows(self) -> RowOptions:
+        """Which rows, how they are answered, and where results are written."""
+        return RowOptions(
+            dataset=self.dataset,
+            rows=Path(self.data_dir),
+            limit=self.limit,
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+            result_dir=self.result_dir,
+            overwrite=self.overwrite,
+            seed=self.seed,
+        )
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """The options of `LoGo.from_pretrained`."""
+        options: dict[str, Any] = {
+            "preset": self.preset,
+            "signal": self.selection_strategy,
+            "k": self.n_selected_modules,
+            "model_dir": self.model_dir,
+            **placed(self.gpu),
+        }
+        if self.probe_context is not None:
+            options["probe_context"] = self.probe_context
+        return options
+
+
+def evaluate(*, options: OfficialOptions = OfficialOptions()) -> int:
     """Evaluate on datasets, with the option names and defaults of the official script.
 
     Example: logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0
-
-    Args:
-        dataset: Name, list `a,b` or pattern `bbh.*`.
-        base_model: Hub id, folder or short name.
-        gpu: GPU number, if there is one; -1 is the CPU.
-        selection_strategy: `norm`, `entropy` or another signal.
-        n_selected_modules: Adapters selected per prompt.
-        seed: Random seed; part of the result folder's name.
-        generation_early_stop: Stop generating at the first newline.
-        data_dir: Rows are read from DIR/main/sub/test.jsonl.
-        model_dir: Folder that is searched first for base models and adapters.
-        result_dir: Folder for result folders.
-        save_dir: Accepted for the official command line; not used.
-        adapters: Folder, Hub repo or manifest of adapters; several with commas.
-        limit: Only the first rows of each dataset.
-        max_new_tokens: Longest answer, in tokens.
-        batch_size: Prompts per forward pass.
-        probe_context: Adapters active while probing: none, the whole pool, or as the official script runs.
-        preset: `official`: read and cut prompts exactly as the authors' script does.
-        overwrite: Start again, replacing finished rows and a result of another run.
     """
-    given = {name: value for name, value in locals().items() if value is not None}
     from logo.evaluation.answer import Opening
 
-    rows = RowOptions(
-        dataset=dataset,
-        rows=Path(data_dir),
-        limit=limit,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        result_dir=result_dir,
-        overwrite=overwrite,
-        seed=seed,
+    opening = Opening(
+        options.base_model,
+        options.adapters,
+        options.engine,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        stop_at_newline=options.generation_early_stop,
     )
-    options: dict[str, Any] = {"preset": preset, "signal": selection_strategy, "k": n_selected_modules}
-    options |= {"model_dir": model_dir, **placed(gpu)}
-    options |= {} if probe_context is None else {"probe_context": probe_context}
-    opening = Opening(base_model, adapters, options, None, max_new_tokens, seed, generation_early_stop)
-    return answered(opening, rows, WorkerOptions(), {"name": "evaluate", "options": given})
+    given = {name: value for name, value in asdict(options).items() if value is not None}
+    return answered(opening, options.rows, WorkerOptions(), {"name": "evaluate", "options": given})
 
 
 def answered(
     opening: Opening, rows: RowOptions, workers: WorkerOptions, command: dict[str, Any], *, json: bool = False
 ) -> int:
     """Answers datasets, and prints the official line and the folder of each as it is done; returns the exit code."""
-    from logo.evaluation.results import run_folder
-    from logo.evaluation.run import evaluate, warn_of_copies
+    from logo.evaluation.run import Run, answer_datasets, warn_of_copies
 
-    official = opening.options.get("preset") == "official"
-    method, batch_size = opening.method, rows.batch_size
-    if opening.options.get("engine") == "vllm" and batch_size == 1:
-        batch_size = max(1, VLLM_BATCH // (workers.workers or 1))
-    k = opening.options["k"] or default_k(pool_sources(opening.pool, opening.base_model, MODEL_DIR), DEFAULT_K)
-    label = ("logo", k) if method is None else (method.name, k if method.picks is None else method.picks)
-    signal = str(opening.options["signal"])
-    folder = run_folder(rows.result_dir, opening.base_model, signal, label[1], rows.seed, label[0], rows.run_name)
-    datasets = rows.found(official)
-    for one in datasets:
-        warn_of_copies(one, method)
-    for place in (Path(rows.result_dir), *([folder] if folder.exists() else [])):
-        check_writable(place)
+    label = _Label.of(opening, rows)
+    datasets = rows.datasets(official=opening.options.get("preset") == "official")
+    for dataset in datasets:
+        warn_of_copies(dataset, opening.method)
+    check_writable(rows.result_dir)
+    if label.folder().exists():
+        check_writable(label.folder())
     quiet_transformers()
-    scored: list[dict[str, Any]] = []
-    with ExitStack() as stack, progress(disable=not err.is_terminal) as bar:
+    results: list[dict[str, Any]] = []
+    with ExitStack() as stack, progress(disable=not err.is_terminal) as bars:
         began = time.perf_counter()
         facts, work = _opened(opening, workers, stack)
-        loading, tasks = time.perf_counter() - began, dict[str, Any]()
-
-        def tell(dataset: Dataset, done: int) -> None:
-            if dataset.name not in tasks:
-                tasks[dataset.name] = bar.add_task(dataset.name, total=len(dataset.rows))
-            bar.update(tasks[dataset.name], completed=done)
-
-        how: dict[str, Any] = {"method": method, "batch_size": batch_size, "overwrite": rows.overwrite}
-        how |= {"loading": loading, "command": command, "tell": tell}
+        loading = time.perf_counter() - began
+        answering = Run(
+            label.folder(pool_size=len(facts.identity["pool"])),
+            facts,
+            work,
+            opening.method,
+            batch_size=_batch_size(opening, rows, workers),
+            overwrite=rows.overwrite,
+            loading=loading,
+            command=command,
+            tell=_shown_in(bars),
+        )
         try:
-            for done in evaluate(datasets, folder, facts, work, **how):
-                scored.append(_score(done))
+            for done in answer_datasets(datasets, answering):
+                results.append(_score(done))
                 if not json:
                     heading = [done.dataset] if len(datasets) > 1 else []
-                    print(*heading, scored[-1]["line"], done.folder, sep="\n", flush=True)
+                    print(*heading, results[-1]["line"], done.folder, sep="\n", flush=True)
         except KeyboardInterrupt:
-            kept = "rows" if facts.order is None else "datasets"
-            again = "repeat the command to continue"
-            if rows.overwrite:
-                again = "repeat the command for the datasets that are left (--dataset)"
-                again += ", for the first of them without --overwrite" if facts.order is None else ""
-            note(f"Finished {kept} are kept: {again}.")
+            note(_how_to_continue(rows.overwrite, by_row=facts.order is None))
             raise
-    return show(scored, json=json)
+    return show(results, json=json)
+
+
+@dataclass(frozen=True)
+class _Label:
+    """What names the folder of a run; `k` is the number of adapters per prompt, None: all of the pool."""
+
+    opening: Opening
+    rows: RowOptions
+    method: str
+    k: int | None
+
+    @classmethod
+    def of(cls, opening: Opening, rows: RowOptions) -> _Label:
+        """The label of a run."""
+        picks = None if opening.method is None else opening.method.picks
+        k: int | None = None
+        if picks is None:
+            sources = pool_sources(opening.pool, opening.base_model, MODEL_DIR)
+            k = opening.options["k"] or default_k(sources, DEFAULT_K)
+        elif picks != "pool":
+            k = picks
+        return cls(opening, rows, "logo" if opening.method is None else opening.method.name, k)
+
+    def folder(self, pool_size: int = 0) -> Path:
+        """The folder of the run on a pool of so many adapters; UsageError if the run's name cannot be part of it."""
+        from logo.evaluation.results import run_folder
+
+        signal = str(self.opening.options["signal"])
+        k = pool_size if self.k is None else self.k
+        rows = self.rows
+        return run_folder(rows.result_dir, self.opening.base_model, signal, k, rows.seed, self.method, rows.run_name)
+
+
+def _batch_size(opening: Opening, rows: RowOptions, workers: WorkerOptions) -> int:
+    """Rows that are answered together: where the user does not say, as many as vLLM schedules."""
+    if opening.options.get("engine") == "vllm" and rows.batch_size == 1:
+        return max(1, VLLM_BATCH // (workers.workers or 1))
+    return rows.batch_size
+
+
+def _shown_in(bars: Progress) -> Callable[[Dataset, int], None]:
+    """What moves the bar of a dataset, which begins with its first row."""
+    tasks: dict[str, Any] = {}
+
+    def tell(dataset: Dataset, done: int) -> None:
+        if dataset.name not in tasks:
+            tasks[dataset.name] = bars.add_task(dataset.name, total=len(dataset.rows))
+        bars.update(tasks[dataset.name], completed=done)
+
+    return tell
+
+
+def _how_to_continue(overwrite: bool, by_row: bool) -> str:
+    """What an interrupted run has left, and what goes on with it; `by_row`: also in the middle of a dataset."""
+    finished = "rows" if by_row else "datasets"
+    again = "repeat the command to continue"
+    if overwrite:
+        again = "repeat the command for the datasets that are left (--dataset)"
+        if by_row:
+            again += ", for the first of them without --overwrite"
+    return f"Finished {finished} are kept: {again}."
 
 
 def _opened(opening: Opening, workers: WorkerOptions, stack: ExitStack) -> Any:
@@ -282,40 +387,61 @@ def _score(done: Done) -> dict[str, Any]:
     if done.skipped:
         under = f"; it was answered under other versions or on another device: {done.note}" if done.note else ""
         note(f"{done.dataset} is done already (--overwrite answers it again){under}")
-    run, found = read_run(done.folder), list(lines(done.folder))
+    about = read_run(done.folder)
+    rows = list(lines(done.folder))
+    cut = [{"row": row["index"] + 1, "tokens": row["cut"]} for row in rows if row.get("cut")]
+    if cut:
+        longest = max(row["tokens"] for row in cut)
+        note(
+            f"{done.dataset}: {len(cut)} of {len(rows)} prompts were cut to fit, by up to {longest} tokens: rows "
+            f"{listed([str(row['row']) for row in cut], 5)}; `cut` in rows.jsonl has all"
+        )
     return {
         "dataset": done.dataset,
-        "line": summary_line(run["metric"], [one["value"] for one in found]),
-        "scores": run["scores"],
-        "rows": len(found),
-        "errors": [{"row": one["index"] + 1, "message": one["error"]} for one in found if one["error"]],
-        "seconds": run["duration"],
+        "line": summary_line(about["metric"], [row["value"] for row in rows]),
+        "scores": about["scores"],
+        "rows": len(rows),
+        "errors": [{"row": row["index"] + 1, "message": row["error"]} for row in rows if row["error"]],
+        "cut": cut,
+        "seconds": about["duration"],
         "skipped": done.skipped,
         "folder": str(done.folder),
     }
 
 
-def show(scored: Sequence[dict[str, Any]], *, json: bool) -> int:
+def show(results: Sequence[dict[str, Any]], *, json: bool) -> int:
     """Prints what follows the official lines: a table of several datasets, and rows without an answer; the exit code is
     1 if there are any."""
-    from logo.evaluation.metrics import LABELS
-
     if json:
-        print_json(scored)
+        print_json(results)
     else:
-        shown = plain_table("dataset", ">rows", "metric", ">score", ">95 % interval", ">seconds")
-        for one in scored:
-            begin, end = [Text(one["dataset"]), Text(str(one["rows"]))], [f"{one['seconds']:.1f}"]
-            for name, score in one["scores"].items():
-                if name != "extra":
-                    low, high = score["interval"] or (math.nan, math.nan)
-                    ends = "-" if math.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
-                    shown.add_row(*begin, LABELS.get(name, name), f"{100 * score['value']:.2f}", ends, *end)
-                    begin, end = [Text(), Text()], [""]
-        screen(100, stderr=True).print(shown)
-    errors = [(one["dataset"], error) for one in scored for error in one["errors"]]
+        screen(100, stderr=True).print(_table(results))
+    errors = [(result["dataset"], error) for result in results for error in result["errors"]]
     for dataset, error in errors[:SHOWN]:
         err.print(f"logo: error: {dataset} row {error['row']} has no answer: {error['message']}", markup=False)
     if len(errors) > SHOWN:
         err.print(f"logo: error: and {len(errors) - SHOWN} more rows; rows.jsonl in each folder names all")
     return int(bool(errors))
+
+
+def _table(results: Sequence[dict[str, Any]]) -> Table:
+    """A line for each dataset and measure."""
+    from logo.evaluation.metrics import LABELS
+
+    table = plain_table("dataset", ">rows", "metric", ">score", ">95 % interval", ">seconds")
+    for result in results:
+        measures = [name for name in result["scores"] if name != "extra"]
+        for name in measures:
+            score = result["scores"][name]
+            low, high = score["interval"] or (math.nan, math.nan)
+            ends = "-" if math.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
+            is_first = name == measures[0]
+            table.add_row(
+                Text(result["dataset"] if is_first else ""),
+                Text(str(result["rows"]) if is_first else ""),
+                LABELS.get(name, name),
+                f"{100 * score['value']:.2f}",
+                ends,
+                f"{result['seconds']:.1f}" if is_first else "",
+            )
+    return table

@@ -16,7 +16,7 @@ def report(
     /,
     *,
     save: list[Path],
-    metric: Annotated[str | None, said("as the runs did")] = None,
+    metric: Annotated[list[str] | None, said("as the runs did")] = None,
     json: bool = False,
 ) -> None:
     """Make one self-contained page of results: intervals, comparisons, adapters, confidence, every row.
@@ -26,10 +26,10 @@ def report(
     Args:
         results: Folders of runs or of single datasets, or one that holds several runs.
         save: What to write (repeatable): the page, FILE.html; its tables, FILE.tex, or FOLDER/ with CSV.
-        metric: Judge the stored answers anew, of all datasets.
+        metric: Judge the stored answers anew: METRIC for all datasets, DATASET=METRIC for some (repeatable).
         json: Print scores, comparisons and the written files as JSON.
     """
-    from logo.evaluation.metrics import checked_kind
+    from logo.evaluation.datasets import metric_choices
     from logo.evaluation.report import analyse, frames, latex, page
     from logo.evaluation.results import read
 
@@ -37,25 +37,25 @@ def report(
         if path.suffix not in (".html", ".tex", "") or (path.is_dir() if path.suffix else path.is_file()):
             raise UsageError(f"--save {path}: expected FILE.html, FILE.tex, or a folder without a suffix for CSV")
         check_writable(path.parent)
-    found = analyse(read(results, None if metric is None else checked_kind(metric, "--metric")))
+    analysed = analyse(read(results, metric_choices(metric)))
     written: dict[Path, str] = {}
     for path in save:
         if path.suffix:
-            written[path] = page(found) if path.suffix == ".html" else latex(found)
+            written[path] = page(analysed) if path.suffix == ".html" else latex(analysed)
         else:
             path.mkdir(exist_ok=True)
-            written |= {path / f"{name}.csv": frame.to_csv(index=False) for name, frame in frames(found).items()}
+            written |= {path / f"{name}.csv": frame.to_csv(index=False) for name, frame in frames(analysed).items()}
     for file, content in written.items():
         replace_file(file, content.encode("utf-8"))
-    for one in found.comparison.notes:
-        note(f"Note: {one}")
+    for sentence in analysed.notes:
+        note(f"Note: {sentence}")
     if json:
         print_json(
             {
                 "files": {str(file): len(content.encode()) for file, content in written.items()},
-                "scores": found.scores.astype(object).where(found.scores.notna(), None).to_dict("records"),
-                "comparisons": [line.as_json() for line in found.comparison.lines],
-                "notes": list(found.comparison.notes),
+                "scores": analysed.scores.astype(object).where(analysed.scores.notna(), None).to_dict("records"),
+                "comparisons": [line.as_json() for line in analysed.comparison.lines],
+                "notes": list(analysed.notes),
             }
         )
     else:

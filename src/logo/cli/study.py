@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
+from cyclopts.validators import Number
 from rich.text import Text
 
 from logo.cli.opening import MODEL_DIR, placed, quiet_transformers
-from logo.cli.options import PoolOptions, method_arguments, positive, said, written
+from logo.cli.options import POOL, PoolOptions, method_arguments, positive, said, written
 from logo.cli.output import (
     check_writable,
     err,
@@ -25,8 +27,11 @@ from logo.cli.output import (
     screen,
 )
 from logo.cli.prompts import or_demo
-from logo.errors import UsageError
-from logo.recorded import without_secrets
+from logo.errors import UsageError, listed
+
+if TYPE_CHECKING:
+    from logo.evaluation.datasets import Dataset
+    from logo.evaluation.study import Contest
 
 ROWS = Group("Rows and results", sort_key=2)
 COLUMNS = {
@@ -42,21 +47,106 @@ COLUMNS = {
 SHOWN = 10  # confusions that are printed
 
 
+@Parameter(name="*", group=ROWS)
+@dataclass(frozen=True, kw_only=True)
+class StudyRows:
+    """Which rows, and where the study is written."""
+
+    rows: Path
+    """Folder of NAME.jsonl; NAME is the adapter whose rows they are."""
+
+    save: Path
+    """Folder to write run.json and rows.jsonl to."""
+
+    tasks: Annotated[str, said("all")] = ""
+    """Names or patterns, `a,b*`."""
+
+    limit: Annotated[int | None, said("all", validator=positive)] = None
+    """Only the first rows of each task."""
+
+    train_rows: Path | None = None
+    """Folder of NAME.jsonl with training rows, for methods that learn."""
+
+    overwrite: bool = False
+    """Begin again, and replace what is there."""
+
+    def datasets(self) -> list[Dataset]:
+        """The tasks, every row checked; raises UsageError for a `--save` that is no folder of the study's own."""
+        from logo.evaluation.datasets import find_datasets
+
+        tasks = find_datasets(self.rows, self.tasks, limit=self.limit, train_rows=self.train_rows, answers=False)
+        there = ""
+        if self.save.is_file():
+            there = "a file"
+        elif self.save.name in ("", ".."):
+            there = "the current folder or one above it"
+        else:
+            files = [task.file for task in tasks] + [task.train_file for task in tasks if task.train_file]
+            beside = [file for file in files if file.parent.resolve() == self.save.resolve()]
+            if beside:  # beside a run.json they would no longer count as rows
+                there = f"one with rows, {listed([file.name for file in beside], 3)}"
+        if there:
+            raise UsageError(
+                f"--save {self.save}: expected a folder of the study's own, found {there}; name another one"
+            )
+        return tasks
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ContestOptions:
+    """What is compared on every row, and how."""
+
+    signals: str = "calibrated,norm,entropy"
+    """Signals to compare, `a,b`."""
+
+    methods: str = ""
+    """Methods to compare them with, `loraretriever,lorahub`."""
+
+    method_args: str | None = None
+    """Options of those methods that have them, `rows=16,budget=40`."""
+
+    protocols: str = "in-pool,removed,out-of-pool"
+    """in-pool: each row's target adapter is there; removed: it is left out; out-of-pool: tasks without one."""
+
+    generate: Annotated[int | None, said("gold texts are scored only", validator=positive)] = None
+    """Also generate answers of up to N new tokens, and judge them by the metric in NAME.yaml beside NAME.jsonl, else by
+    the task's name."""
+
+    def contest(self) -> Contest:
+        """The contest; raises UsageError for a signal, method, option or protocol that does not exist."""
+        from logo.baselines import get_methods
+        from logo.evaluation.study import ALWAYS, Contest
+        from logo.selection.signals import get_signal
+
+        names = [name for name in parts(self.methods) if name not in ALWAYS]
+        methods = get_methods(names, method_arguments(self.method_args))
+        signals = parts(self.signals)
+        for name in signals:
+            get_signal(name)
+        return Contest(tuple(signals), methods, tuple(parts(self.protocols)), self.generate)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class StudyPool(PoolOptions):
+    """Which model, which pool, and what every selection of the engine depends on."""
+
+    n_selected_modules: Annotated[
+        int | None, said("20; demo: 3", of=POOL, name=("--n-selected-modules", "-k"), validator=positive)
+    ] = None
+    """The most adapters of a prompt; of methods, `--method-args k=N`."""
+
+    prior: Annotated[float, Parameter(group=POOL, validator=Number(gt=0, lt=1))] = 0.8
+    """How likely it is that a prompt belongs to some adapter of the pool."""
+
+
 def study(
     *,
-    rows: Annotated[Path, Parameter(group=ROWS)],
-    save: Annotated[Path, Parameter(group=ROWS)],
-    tasks: Annotated[str, said("all", of=ROWS)] = "",
-    limit: Annotated[int | None, said("all", of=ROWS, validator=positive)] = None,
-    train_rows: Annotated[Path | None, Parameter(group=ROWS)] = None,
-    overwrite: Annotated[bool, Parameter(group=ROWS)] = False,
-    signals: str = "calibrated,norm,entropy",
-    methods: str = "",
-    method_args: str | None = None,
-    protocols: str = "in-pool,removed,out-of-pool",
-    generate: Annotated[int | None, said("gold texts are scored only", validator=positive)] = None,
+    rows: StudyRows,
+    contest: ContestOptions = ContestOptions(),
     json: bool = False,
-    pool: PoolOptions = PoolOptions(),
+    pool: StudyPool = StudyPool(),
 ) -> None:
     """Does it work on my adapters? How often the right one is found, and what the answers are worth.
 
@@ -65,65 +155,49 @@ def study(
     Example: logo eval study --base-model M --adapters DIR --rows prompts/ --save study
 
     Args:
-        rows: Folder of NAME.jsonl; NAME is the adapter whose rows they are.
-        save: Folder to write run.json and rows.jsonl to.
-        tasks: Names or patterns, `a,b*`.
-        limit: Only the first rows of each task.
-        train_rows: Folder of NAME.jsonl with training rows, for methods that learn.
-        overwrite: Begin again, and replace what is there.
-        signals: Signals to compare, `a,b`.
-        methods: Methods to compare them with, `loraretriever,lorahub`.
-        method_args: Options of those methods that have them, `rows=16,budget=40`.
-        protocols: in-pool: each row's target adapter is there; removed: it is left out; out-of-pool: tasks without one.
-        generate: Also generate answers of up to N new tokens, and judge them by the metric in NAME.yaml beside
-            NAME.jsonl, else by the task's name.
         json: Print the report as JSON.
     """
-    given = {name: value for name, value in locals().items() if name not in ("json", "pool") and value is not None}
-    from logo.baselines import get_methods
     from logo.evaluation.answer import Opening
-    from logo.evaluation.datasets import find_datasets
-    from logo.evaluation.study import ALWAYS, Contest, Measurer
-    from logo.evaluation.study import study as run_study
-    from logo.selection.signals import get_signal
+    from logo.evaluation.study import Measurer, run_study
 
-    compared = get_methods([name for name in listed(methods) if name not in ALWAYS], method_arguments(method_args))
-    for name in listed(signals):
-        get_signal(name)
-    contest = Contest(tuple(listed(signals)), compared, tuple(listed(protocols)), generate)
-    found = find_datasets(rows, tasks, limit=limit, train_rows=train_rows, answers=False)
-    if save.is_file() or save.name in ("", ".."):
-        what = "a file" if save.is_file() else "the current folder or one above it"
-        raise UsageError(f"--save {save}: expected a folder of the study's own, found {what}; name another one")
-    check_writable(save.parent)
+    compared = contest.contest()
+    tasks = rows.datasets()
+    check_writable(rows.save.parent)
     quiet_transformers()
     base_model = or_demo(pool)
-    options = {"signal": contest.signals[0], "model_dir": MODEL_DIR, **placed(pool.device)}
-    command = written("eval study", pool)
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    command["options"] |= without_secrets(plain)
+    options = {
+        "signal": compared.signals[0],
+        "k": pool.n_selected_modules,
+        "prior": pool.prior,
+        "model_dir": MODEL_DIR,
+        **placed(pool.device),
+    }
     opening = Opening(base_model, pool.sources, options)
-    with closing(Measurer(opening(), contest)) as measurer, progress(disable=not err.is_terminal) as bar:
+    command = written("eval study", rows, contest, pool)
+    with closing(Measurer(opening(), compared)) as measurer, progress(disable=not err.is_terminal) as bars:
         names = list(measurer.facts.identity["pool"])
-        total, own = sum(len(task.rows) for task in found), sum(task.name in names for task in found)
-        note(f"adapters: {len(names)} · tasks: {len(found)}, {own} with an adapter of their own · rows: {total}")
-        measured = bar.add_task("rows", total=total)
-        how: dict[str, Any] = {"overwrite": overwrite, "command": command}
-        how["tell"] = lambda name: bar.update(measured, advance=1, description=name)
+        in_pool = sum(task.name in names for task in tasks)
+        total = sum(len(task.rows) for task in tasks)
+        note(f"adapters: {len(names)} · tasks: {len(tasks)}, {in_pool} with an adapter of their own · rows: {total}")
+        bar = bars.add_task("rows", total=total)
+
+        def tell(task: str) -> None:
+            bars.update(bar, advance=1, description=task)
+
         try:
-            report = run_study(found, save, measurer, **how)
+            report = run_study(tasks, rows.save, measurer, overwrite=rows.overwrite, command=command, tell=tell)
         except KeyboardInterrupt:
-            again = " without --overwrite" if overwrite else ""
+            again = " without --overwrite" if rows.overwrite else ""
             note(f"Finished rows are kept: repeat the command{again} to continue.")
             raise
     if json:
         print_json(report)
     else:
         _show(report)
-        note(str(save))
+        note(str(rows.save))
 
 
-def listed(text: str) -> list[str]:
+def parts(text: str) -> list[str]:
     """The names of a list `a,b`, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
@@ -131,43 +205,64 @@ def listed(text: str) -> list[str]:
 def _show(report: Mapping[str, Any]) -> None:
     """A table for each protocol, what a selection costs, the confidence of each signal, and what is confused most."""
     from logo.evaluation.study import ALWAYS
-    from logo.selection.selector import UNSURE
 
     for protocol, arms in report["protocols"].items():
-        metrics = [name for name in COLUMNS if any(name in found for found in arms.values())]
+        metrics = [name for name in COLUMNS if any(name in numbers for numbers in arms.values())]
         table = plain_table(protocol, *(f">{COLUMNS[name]}" for name in metrics))
-        for arm, found in arms.items():
-            table.add_row(arm, *(_cell(found.get(name)) for name in metrics))
+        for arm, numbers in arms.items():
+            table.add_row(arm, *(_cell(numbers.get(name)) for name in metrics))
         screen(natural_width(table)).print(table, "")
-    shown = [found for arms in report["protocols"].values() for arm in arms.values() for found in arm.values()]
-    few = "no intervals, since there are few tasks"
-    many = "95 % intervals, over tasks, in brackets"
-    note(f"Means of the tasks' means; {many if any(found['interval'] for found in shown) else few}.")
+    note(f"Means of the tasks' means; {_about_intervals(report)}.")
+    if report["cut"]:
+        note(
+            f"{report['cut']} of {report['rows']} prompts were cut to fit; `cut` in rows.jsonl says by how many tokens."
+        )
     times = [
-        f"{name} {value:.{0 if value >= 10 else 2}f} ms"
-        for name, value in report["milliseconds"].items()
+        f"{name} {milliseconds:.{0 if milliseconds >= 10 else 2}f} ms"
+        for name, milliseconds in report["milliseconds"].items()
         if name not in ALWAYS
     ]
     out.print(f"median time of a selection: {', '.join(times)}", markup=False)
-    for signal, found in report["confidence"].items():
-        values = [f"AUROC {value:.2f} against {name}" for name, value in found["auroc"].items()]
-        error = [] if found["error"] is None else [f"reliability error {found['error']:.2f}"]
-        out.print(f"confidence of {signal}: {', '.join([*values, *error]) or 'nothing to compare with'}", markup=False)
-        shares = [f"{share:.0%} of {name}" for name, share in found["sure"].items()]
-        out.print(f"confidence of {signal} is {UNSURE} or more: {', '.join(shares)} rows", markup=False)
+    _show_confidence(report["confidence"])
     for arm, pairs in report["confusions"].items():
         out.print(Text(f"{arm} puts another adapter first: {_confused(pairs)}"))
     for arm, pairs in report["mistaken"].items():
         out.print(Text(f"{arm} is not unsure where no adapter fits: {_confused(pairs)}"))
 
 
+def _about_intervals(report: Mapping[str, Any]) -> str:
+    """What the brackets of the tables are, in words."""
+    numbers = [number for arms in report["protocols"].values() for arm in arms.values() for number in arm.values()]
+    if any(number["interval"] for number in numbers):
+        return "95 % intervals, over tasks, in brackets"
+    return "no intervals, since there are few tasks"
+
+
+def _show_confidence(confidence: Mapping[str, Mapping[str, Any]]) -> None:
+    """How well the confidence of each signal tells rows whose adapter is in the pool from others."""
+    from logo.selection.selector import UNSURE
+
+    for signal, numbers in confidence.items():
+        told = [f"AUROC {auroc:.2f} against {protocol}" for protocol, auroc in numbers["auroc"].items()]
+        if numbers["error"] is not None:
+            told.append(f"reliability error {numbers['error']:.2f}")
+        out.print(f"confidence of {signal}: {', '.join(told) or 'nothing to compare with'}", markup=False)
+        shares = [f"{share:.0%} of {protocol}" for protocol, share in numbers["sure"].items()]
+        out.print(f"confidence of {signal} is {UNSURE} or more: {', '.join(shares)} rows", markup=False)
+
+
 def _confused(pairs: Sequence[Mapping[str, Any]]) -> str:
-    said = [f"{one_line(p['task'])} → {one_line(p['first'])} ({p['rows']} of {p['of']})" for p in pairs[:SHOWN]]
-    return ", ".join(said) + (f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else "")
+    words = [
+        f"{one_line(pair['task'])} → {one_line(pair['first'])} ({pair['rows']} of {pair['of']})"
+        for pair in pairs[:SHOWN]
+    ]
+    more = f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
+    return ", ".join(words) + more
 
 
-def _cell(found: Mapping[str, Any] | None) -> Text:
-    if found is None or found["value"] is None:
+def _cell(number: Mapping[str, Any] | None) -> Text:
+    """A number with its interval."""
+    if number is None or number["value"] is None:
         return Text("-", style="dim")
-    ends = "" if found["interval"] is None else " [{:.2f}, {:.2f}]".format(*found["interval"])
-    return Text.assemble(f"{found['value']:.2f}", (ends, "dim"))
+    ends = "" if number["interval"] is None else " [{:.2f}, {:.2f}]".format(*number["interval"])
+    return Text.assemble(f"{number['value']:.2f}", (ends, "dim"))

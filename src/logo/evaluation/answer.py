@@ -1,6 +1,6 @@
 """`Answerer`: an engine and a method that answer the rows of datasets, and judge the answers.
 
-    rows -> prompts -> (method: a selection each) -> answers -> first lines -> values -> one record per row
+    rows -> prompts -> (method: a selection each) -> generations -> answers -> values -> one record per row
 
 A record is a line of `rows.jsonl` (`logo.evaluation.results`). It does not depend on the datasets before its own: the
 seed is set and the engine forgets its prompts when a dataset begins.
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from logo.baselines.method import Method, Prepared, Task
-from logo.errors import HubError, LoGoError, StorageError, Unsure, UsageError
-from logo.evaluation.metrics import METRICS, Value, answer_in, measure, zero
+from logo.errors import HubError, LoGoError, PromptCut, StorageError, Unsure, UsageError
+from logo.evaluation.metrics import METRICS, answer_in, measure, zero
 from logo.identity import (
     config_digest,
     fingerprint,
@@ -34,7 +35,7 @@ from logo.rows import Row
 from logo.selection.signals import SIGNALS
 
 if TYPE_CHECKING:
-    from logo.core import Generation
+    from logo.core import Generation, Prompt
     from logo.engine import LoGo
     from logo.evaluation.datasets import Dataset
 
@@ -89,22 +90,22 @@ class Answerer:
         import torch
 
         logo = self.logo
-        kinds = {torch.cuda.get_device_name(one) if one.type == "cuda" else one.type for one in logo.devices}
-        device = ", ".join(sorted(kinds))
-        method = {"method": LOGO} if self.method is None else self.method.as_dict()
+        kinds = {
+            torch.cuda.get_device_name(device) if device.type == "cuda" else device.type for device in logo.devices
+        }
+        devices = ", ".join(sorted(kinds))
+        identity = engine_identity(logo, self.base_model, self.generation)
+        identity["method"] = {"method": LOGO} if self.method is None else self.method.as_dict()
+        identity |= {"seed": self.seed, "max_new_tokens": self.max_new_tokens}
+        settings = asdict(logo.settings)
+        settings |= {"k": logo.k, "points": list(logo.points), "probe_context": logo.probe_context}
         return Facts(
-            identity={
-                **engine_identity(logo, self.base_model, self.generation),
-                **{"method": method, "seed": self.seed, "max_new_tokens": self.max_new_tokens},
-            },
-            environment={**library_versions(), **logo.versions, "device": device},
-            settings={
-                **asdict(logo.settings),
-                **{"k": logo.k, "points": list(logo.points), "probe_context": logo.probe_context},
-            },
+            identity=identity,
+            environment={**library_versions(), **logo.versions, "device": devices},
+            settings=settings,
             signal=logo.settings.signal,
             order=order_dependence(logo, self.generation),
-            device=f"{logo.devices[0]} ({device})",
+            device=f"{logo.devices[0]} ({devices})",
         )
 
     def answer(self, dataset: Dataset, block: range) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
@@ -115,40 +116,98 @@ class Answerer:
             UsageError, DataError: the dataset lacks what the method needs.
             StorageError, HubError, RuntimeError: the engine fails for other reasons than a row.
         """
+        prepared = self._prepared_for(dataset)
+        rows = dataset.rows[block.start : block.stop]
+        forms = [self._form(row) for row in rows]
+        began = time.perf_counter()
+        outcomes = self._outcomes(prepared, rows, self._options(forms))
+        seconds = (time.perf_counter() - began) / max(1, len(rows))
+        records = [
+            record(index, row, outcome, form, dataset.metric, seconds)
+            for index, row, outcome, form in zip(block, rows, outcomes, forms, strict=True)
+        ]
+        for of_row in records:
+            if prepared.routed and of_row["error"] is None:  # by the method's own engine, with weights that vary
+                of_row["selected"] = list(prepared.routed)
+                of_row["weights"] = [None] * len(prepared.routed)
+        return records, prepared.record
+
+    def _prepared_for(self, dataset: Dataset) -> Prepared:
+        """The method as it is prepared for a dataset, before whose first row the engine begins anew."""
         if self._prepared is None or self._prepared[0] != dataset.name:
             import torch
 
             torch.manual_seed(self.seed)
             self.logo.restart()
             self._prepared = None  # which may hold a model
-            learnt = Prepared(None) if self.method is None else self.method.prepare(self.logo, task_of(dataset))
-            self._prepared = dataset.name, learnt
-        prepared = self._prepared[1]
-        rows = dataset.rows[block.start : block.stop]
-        whole, fronts = [row.whole and not self.first_lines for row in rows], [front_of(self.logo, row) for row in rows]
-        how = {"max_new_tokens": self.max_new_tokens, **self.generation}
-        how |= {"stop_at_newline": False} if any(whole) or any("\n" in front for front in fronts) else {}
-        began = time.perf_counter()
-        answers = self._answers(prepared, rows, how)
-        seconds = (time.perf_counter() - began) / max(1, len(rows))
-        done = zip(block, rows, answers, zip(whole, fronts, strict=True), strict=True)
-        return [record(i, row, one, dataset.metric, seconds, *how) for i, row, one, how in done], prepared.record
+            prepared = Prepared(None) if self.method is None else self.method.prepare(self.logo, task_of(dataset))
+            self._prepared = dataset.name, prepared
+        return self._prepared[1]
 
-    def _answers(self, prepared: Prepared, rows: Sequence[Row], how: Mapping[str, Any]) -> list[Generation | LoGoError]:
-        """An answer to each row, or why there is none: if rows are refused together, each is asked alone."""
+    def _form(self, row: Row) -> AnswerForm:
+        """How the answer to a row is read."""
+        return AnswerForm(row.whole and not self.first_lines, front_of(self.logo, row), self.first_lines)
+
+    def _options(self, forms: Sequence[AnswerForm]) -> dict[str, Any]:
+        """The options of `LoGo.generate` for answers of these forms, which are generated together."""
+        options = {"max_new_tokens": self.max_new_tokens, **self.generation}
+        if any(form.whole or "\n" in form.front for form in forms):
+            options["stop_at_newline"] = False
+        return options
+
+    def _outcomes(self, prepared: Prepared, rows: Sequence[Row], options: Mapping[str, Any]) -> list[Outcome]:
+        """What came of each row: if rows are refused together, each is asked alone."""
         if not rows:
             return []
         prompts = [row.prompt for row in rows]
-        options = {"batch_size": len(prompts), **how}
         try:
+            read = read_quietly(self.logo, prompts, self.max_new_tokens)
             selections = None if prepared.select is None else prepared.select(prompts, len(prompts))
-            return list((prepared.engine or self.logo).generate(prompts, adapters=selections, **options))
+            engine = prepared.engine or self.logo
+            answers = engine.generate(read, adapters=selections, batch_size=len(read), **options)
+            return [Outcome(answer, prompt.cut) for answer, prompt in zip(answers, read, strict=True)]
         except (StorageError, HubError):
             raise
         except LoGoError as error:
             if len(rows) == 1:
-                return [error.with_traceback(None)]
-        return [one for row in rows for one in self._answers(prepared, [row], how)]
+                return [Outcome(error.with_traceback(None))]
+        return [outcome for row in rows for outcome in self._outcomes(prepared, [row], options)]
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """How an answer is read from a generated text: `whole`, or its first line alone, behind the `front` that the chat
+    template writes; `official`: as the official code takes the first line."""
+
+    whole: bool
+    front: str
+    official: bool = False
+
+    def answer_in(self, text: str) -> str:
+        """The answer in a generated text."""
+        return answer_in(text, self.whole, self.front, official=self.official)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a row: an answer, or why there is none; and how many tokens of its prompt were cut."""
+
+    answer: Generation | LoGoError
+    cut: int = 0
+
+
+@contextmanager
+def cuts_told_by_row() -> Iterator[None]:
+    """No warnings of prompts that are cut, which name the place in a batch: `rows.jsonl` says how much of which row."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptCut)
+        yield
+
+
+def read_quietly(logo: LoGo, prompts: Sequence[Any], max_new_tokens: int) -> list[Prompt]:
+    """Reads prompts as the engine does for such answers; errors as `Prompts.read`."""
+    with cuts_told_by_row():
+        return logo.prompts.read(prompts, max_new_tokens)
 
 
 def front_of(logo: LoGo, row: Row) -> str:
@@ -165,28 +224,39 @@ def front_of(logo: LoGo, row: Row) -> str:
 
 def task_of(dataset: Dataset, among: Sequence[str] = ()) -> Task:
     """A dataset as a method may look at it; `among`: the adapters it may choose, empty: all."""
-    rows = dataset.rows
-    texts, targets = [row.context for row in rows], [row.adapter for row in rows]
-    return Task(dataset.name, texts, lambda: dataset.train, targets, among)
+    prompts = [row.context for row in dataset.rows]
+    targets = [row.adapter for row in dataset.rows]
+    return Task(dataset.name, prompts, lambda: dataset.train, targets, among)
 
 
-def record(
-    index: int, row: Row, answer: Generation | LoGoError, metric: str, seconds: float, whole: bool, front: str
-) -> dict[str, Any]:
+def record(index: int, row: Row, outcome: Outcome, form: AnswerForm, metric: str, seconds: float) -> dict[str, Any]:
     """The line of `rows.jsonl` for a row: see `logo.evaluation.results`."""
-    known: dict[str, Any] = {"index": index, "prompt": row.prompt, "completion": row.completion}
-    known |= {"references": row.references, "target": row.adapter}
+    line: dict[str, Any] = {
+        "index": index,
+        "prompt": row.prompt,
+        "completion": row.completion,
+        "references": row.references,
+        "target": row.adapter,
+        "cut": outcome.cut,
+    }
+    answer = outcome.answer
     if isinstance(answer, LoGoError):
-        said = {"prediction": "", "value": zero(metric), "error": " ".join(str(answer).split())}
-        said |= {"confidence": answer.confidence} if isinstance(answer, Unsure) else {}
-        return {**known, **said, "selected": [], "weights": [], "scores": {}, "seconds": {"inference": seconds}}
-    prediction, chosen = answer_in(answer.text, whole, front), answer.selection
-    value: Value = measure(metric, prediction, row.completion)
+        line |= {"prediction": "", "value": zero(metric), "error": " ".join(str(answer).split())}
+        if isinstance(answer, Unsure):
+            line["confidence"] = answer.confidence
+        return {**line, "selected": [], "weights": [], "scores": {}, "seconds": {"inference": seconds}}
+    prediction = form.answer_in(answer.text)
+    selection = answer.selection
     return {
-        **known,
-        **{"prediction": prediction, "value": value, "error": None},
-        **{"selected": list(chosen.adapters), "weights": list(chosen.weights), "scores": dict(chosen.scores)},
-        **{"confidence": chosen.confidence, "form": answer.form},
+        **line,
+        "prediction": prediction,
+        "value": measure(metric, prediction, row.completion),
+        "error": None,
+        "selected": list(selection.adapters),
+        "weights": list(selection.weights),
+        "scores": dict(selection.scores),
+        "confidence": selection.confidence,
+        "form": answer.form,
         "seconds": {"inference": seconds, **answer.seconds},
     }
 
@@ -202,43 +272,64 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         base_model: as the user names it; its last part counts.
         generation: options of `LoGo.generate`; a `generation_config` counts by its differences from transformers' own.
     """
-    options, config = dict(generation), generation.get("generation_config")
-    if config is not None:
-        said = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
-        options["generation_config"] = {name: value for name, value in said.items() if name != "transformers_version"}
-    plugin, configured = SIGNALS.definition(logo.settings.signal), getattr(logo.model, "generation_config", None)
-    settings, pool = asdict(logo.settings), logo.pool.value
-    found = {
+    configured = getattr(logo.model, "generation_config", None)  # by which the checkpoint's own answers end
+    identity: dict[str, Any] = {
         "base_model": PurePath(base_model).name,
         "weights": weights_digest(logo.model),
         "config": config_digest(logo.model.config),
         "eos_token_id": getattr(configured, "eos_token_id", None),
-        **({"stop_strings": stops} if (stops := getattr(configured, "stop_strings", None)) else {}),
         "tokenizer": tokenizer_digest(logo.tokenizer),
         "template": template_digest(logo.tokenizer),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
-        "pool": {name: pool[name].key for name in logo.names},
-        "settings": {name: value for name, value in settings.items() if name != "cache"}
-        | {"probe_context": logo.probe_context, "k": logo.k, "points": list(logo.points), "merge": logo.merge},
+        "pool": {name: logo.pool.value[name].key for name in logo.names},
+        "settings": _settings_identity(logo),
         "truncation": asdict(logo.prompts.truncation),
-        **({"engine_options": without_secrets(logo.engine_options)} if logo.engine_options else {}),
-        "generation": options,
-        **({} if plugin is None else {"plugin": plugin}),
+        "generation": _generation_identity(generation),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    optional = {
+        "stop_strings": getattr(configured, "stop_strings", None),
+        "engine_options": without_secrets(logo.engine_options),
+        "plugin": SIGNALS.definition(logo.settings.signal),
+    }
+    identity |= {name: value for name, value in optional.items() if value}
+    plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain
+
+
+def _settings_identity(logo: LoGo) -> dict[str, Any]:
+    """The settings that decide what is selected and how it is mixed."""
+    settings = {name: value for name, value in asdict(logo.settings).items() if name != "cache"}
+    derived = {"probe_context": logo.probe_context, "k": logo.k, "points": list(logo.points), "merge": logo.merge}
+    return settings | derived
+
+
+def _generation_identity(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `LoGo.generate`, with what a `generation_config` has changed in place of the object."""
+    config = generation.get("generation_config")
+    if config is None:
+        return dict(generation)
+    changes = {
+        name: value
+        for name, value in config.to_diff_dict().items()
+        if name != "transformers_version" and not name.startswith("_")
+    }
+    return {**generation, "generation_config": changes}
 
 
 def dataset_identity(dataset: Dataset, method: Method | None) -> dict[str, Any]:
     """What values depend on beside the engine: the rows, their metric, and training rows if a method learns."""
-    plugin = METRICS.definition(dataset.metric)
-    rows = {"rows": len(dataset.rows), "rows_sha256": rows_digest(dataset.rows)}
-    learns = method is not None and method.needs == "train"
-    return {
-        **{"dataset": dataset.name, **rows, "metric": dataset.metric},
-        **({} if plugin is None else {"metric_plugin": plugin}),
-        **({"train_sha256": rows_digest(dataset.train)} if learns else {}),
+    identity: dict[str, Any] = {
+        "dataset": dataset.name,
+        "rows": len(dataset.rows),
+        "rows_sha256": rows_digest(dataset.rows),
+        "metric": dataset.metric,
     }
+    plugin = METRICS.definition(dataset.metric)
+    if plugin is not None:
+        identity["metric_plugin"] = plugin
+    if method is not None and method.needs == "train":
+        identity["train_sha256"] = rows_digest(dataset.train)
+    return identity
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
@@ -280,8 +371,10 @@ class Opening:
         from logo.engine import LoGo
 
         logo = LoGo.from_pretrained(self.base_model, self.pool, **self.options)
+        official = self.options.get("preset") == "official"
         generation: dict[str, Any] = {"stop_at_newline": self.stop_at_newline}
-        if official := self.options.get("preset") == "official":
-            generation = {"stop_at_newline": "official" if self.stop_at_newline else False}
+        if official:
             generation["generation_config"] = logo.model.generation_config
+            if self.stop_at_newline:
+                generation["stop_at_newline"] = "official"
         return Answerer(logo, self.base_model, self.method, self.max_new_tokens, self.seed, generation, official)

@@ -4,13 +4,15 @@ A folder has one of two layouts. In the official one a dataset is `{folder}/{mai
 in `train.jsonl` beside it, and is called `main.sub` (the first dot separates, `sub` may hold more of them). In a flat
 one it is `{folder}/NAME.jsonl`, where NAME may be a path, as adapters are named by theirs. `logo.rows` describes a
 line. `metric: NAME` in a YAML file beside the rows, of the same name, declares how answers are judged.
+
+In a flat folder, files of folders that hold a result (`run.json`) or an adapter (`adapter_config.json`) are no rows.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -18,8 +20,7 @@ from pathlib import Path
 
 from logo.errors import DataError, StorageError, UsageError, closest, listed
 from logo.evaluation.metrics import OFFICIAL_KINDS, Kind, checked_kind, metric_kind
-from logo.identity import file_sha256
-from logo.rows import Row, read_rows, requested, row_files, unread
+from logo.rows import Row, passed_over, read_rows, requested, row_files, unread
 
 OFFICIAL: tuple[str, ...] = (
     "bbh.boolean_expressions", "bbh.causal_judgement", "bbh.formal_fallacies", "bbh.navigate", "bbh.object_counting",
@@ -40,7 +41,6 @@ class Dataset:
         file: the file of the rows.
         rows: those that were asked for.
         metric: how answers are judged.
-        sha256: of the file's bytes when it was read, in hex; "": the rows are of no file.
         train_file: the file of the training rows, which need not exist; None if there is none.
     """
 
@@ -48,7 +48,6 @@ class Dataset:
     file: Path
     rows: tuple[Row, ...]
     metric: Kind = "em"
-    sha256: str = ""
     train_file: Path | None = None
 
     @cached_property
@@ -90,67 +89,151 @@ def find_datasets(
     request: str = "",
     *,
     limit: int | None = None,
-    metric: Kind | None = None,
+    metrics: Mapping[str, Kind] | None = None,
     official: bool = False,
     train_rows: str | os.PathLike[str] | None = None,
     answers: bool = True,
 ) -> list[Dataset]:
     """The datasets that a request means, every line of them checked: official names in the official order, then the
-    others sorted; a list keeps its own order. Warns of official datasets that a pattern meant, if only some are there.
+    others sorted; a list keeps its own order. Warns of official datasets that a pattern meant, if only some are there,
+    and of files that are passed over.
 
     Args:
         request: names, patterns (`bbh.*`) or first parts of names (`bbh`), separated by commas; empty: all.
         limit: only the first rows of each; training rows are not limited.
-        metric: of all datasets; None: the one declared beside the rows, else by the dataset's name.
-        official: use the official script's form of each metric (`metrics.OFFICIAL_KINDS`), unless `metric` is given.
+        metrics: as `metric_choices` reads them; of other datasets, the one declared beside the rows, else by the
+            dataset's name.
+        official: use the official script's form of each metric (`metrics.OFFICIAL_KINDS`) that is not in `metrics`.
         train_rows: folder of `NAME.jsonl` with training rows, instead of `train.jsonl` beside `test.jsonl`.
         answers: False: rows may be prompts without gold texts.
 
     Raises:
         DataError: no such folder or dataset, nothing found, or a malformed line (names the file and the line).
         StorageError: a file cannot be read.
-        UsageError: a limit below 1, or a list without a name in it.
+        UsageError: a limit below 1, a list without a name in it, or a metric for a dataset that is not among them.
     """
     root = Path(folder)
     files, official_layout = dataset_files(root)
-    learned = None if train_rows is None or official_layout else Path(train_rows).resolve()
-    if learned is not None and learned not in (
-        root.resolve(),
-        *root.resolve().parents,
-    ):  # they may lie among the others
-        files = {name: file for name, file in files.items() if learned not in file.resolve().parents}
+    if train_rows is not None and not official_layout:
+        files = _outside(files, root, Path(train_rows))
 
-    def unknown(item: str) -> DataError:
+    def unknown(name: str) -> DataError:
+        for mark, skipped in passed_over(root).items():
+            if root / f"{name}.jsonl" in skipped:
+                return DataError(f"dataset {name!r}: {_why_skipped(root, {mark: skipped})}")
         there = f"there are {listed([*files], 5)}; `logo data prepare` fetches official ones"
-        return DataError(f"dataset {item!r}: not in {root}{closest(item, files)}; {there}")
+        return DataError(f"dataset {name!r}: not in {root}{closest(name, files)}; {there}")
 
     if request and not request.replace(",", " ").strip():
         raise UsageError(f"datasets {request!r}: expected names separated by commas, found none")
     names = requested(request, files, unknown)
-    if official_layout and (missing := _missing(request, files)):
-        warnings.warn(f"not in {root}, left out: {', '.join(missing)}", UserWarning, stacklevel=2)
-    if not request:
-        read = {path.parent if official_layout else path for path in files.values()}
-        read |= set() if train_rows is None else {Path(train_rows)}
-        where = "main/sub/test.jsonl, without a dot in main" if official_layout else "NAME.jsonl"
-        if left := unread(root, read):
-            warnings.warn(f"{root}: {listed(left)} not read: here rows are in files {where}", UserWarning, stacklevel=2)
-    found = []
+    _warn_of_unread(root, request, files, official_layout, train_rows)
+    chosen = chosen_metrics(names, metrics or {})
+    datasets = []
     for name in names:
         file = files[name]
-        train = file.with_name("train.jsonl") if official_layout else None
-        kind = metric or declared_metric(file) or metric_kind(name)
-        found.append(
-            Dataset(
-                name,
-                file,
-                rows=tuple(read_rows(file, limit, answers=answers)),
-                metric=OFFICIAL_KINDS.get(kind, kind) if official and metric is None else kind,
-                sha256=file_sha256(file),
-                train_file=train if train_rows is None else Path(train_rows) / f"{name}.jsonl",
-            )
-        )
-    return found
+        usual = declared_metric(file) or metric_kind(name)
+        if official:
+            usual = OFFICIAL_KINDS.get(usual, usual)
+        train_file = file.with_name("train.jsonl") if official_layout else None
+        if train_rows is not None:
+            train_file = Path(train_rows) / f"{name}.jsonl"
+        rows = tuple(read_rows(file, limit, answers=answers))
+        datasets.append(Dataset(name, file, rows, chosen.get(name, usual), train_file))
+    return datasets
+
+
+def _outside(files: Mapping[str, Path], root: Path, train_rows: Path) -> dict[str, Path]:
+    """The files of a flat folder without those of its training rows, which may lie among the others."""
+    learned = train_rows.resolve()
+    if learned in (root.resolve(), *root.resolve().parents):
+        return dict(files)
+    return {name: file for name, file in files.items() if learned not in file.resolve().parents}
+
+
+def _warn_of_unread(
+    root: Path,
+    request: str,
+    files: Mapping[str, Path],
+    official_layout: bool,
+    train_rows: str | os.PathLike[str] | None,
+) -> None:
+    """Warns of official datasets that are meant and not there, and where all are meant, of files that may hold rows and
+    are not read."""
+    if official_layout and (missing := _missing(request, files)):
+        warnings.warn(f"not in {root}, left out: {', '.join(missing)}", UserWarning, stacklevel=3)
+    if request:
+        return
+    skipped = {} if official_layout else passed_over(root)
+    if skipped:
+        warnings.warn(f"{root}: {_why_skipped(root, skipped)}", UserWarning, stacklevel=3)
+    read = {path.parent if official_layout else path for path in files.values()}
+    if train_rows is not None:
+        read.add(Path(train_rows))
+    where = "main/sub/test.jsonl, without a dot in main" if official_layout else "NAME.jsonl"
+    if left := unread(root, read):
+        warnings.warn(f"{root}: {listed(left)} not read: here rows are in files {where}", UserWarning, stacklevel=3)
+
+
+def _why_skipped(root: Path, skipped: Mapping[Path, Sequence[Path]]) -> str:
+    """In words, the files of rows that are passed over, by the file beside them that marks a result or an adapter."""
+    reasons = []
+    for mark, files in skipped.items():
+        names = listed([file.relative_to(root).as_posix() for file in files], 5)
+        beside = f"{mark.relative_to(root).as_posix()} beside {'it' if len(files) == 1 else 'them'}"
+        held = "a result" if mark.name == "run.json" else "an adapter"
+        reasons.append(f"{names} not read: {beside} says that the folder holds {held}")
+    return f"{'; '.join(reasons)}; keep rows in a folder of their own"
+
+
+# -- metrics that the user names ---------------------------------------------------------------------------------------
+
+ALL_DATASETS = "*"
+
+
+def metric_choices(texts: Sequence[str] | None, where: str = "--metric") -> dict[str, Kind]:
+    """The metrics that a user names, by the datasets that they are for: of `["bleu", "nq=em_first"]` it is
+    `{"*": "bleu", "nq": "em_first"}`.
+
+    Raises:
+        UsageError: there is no such metric, or two are for the same datasets.
+    """
+    choices: dict[str, Kind] = {}
+    for text in texts or ():
+        datasets, equals, name = text.rpartition("=")
+        meant = datasets.strip() if equals else ALL_DATASETS
+        kind = checked_kind(name.strip(), where)
+        if choices.setdefault(meant, kind) != kind:
+            expected = f"one metric for {'all datasets' if meant == ALL_DATASETS else meant}"
+            both = f"{choices[meant]} and {kind}"
+            raise UsageError(f"{where}: expected {expected}, found {both}; DATASET=METRIC is for some datasets")
+    return choices
+
+
+def chosen_metrics(names: Sequence[str], choices: Mapping[str, Kind], where: str = "--metric") -> dict[str, Kind]:
+    """The metric of each dataset for which the user names one; what is said of some datasets counts more than what is
+    said of all, and of what is said of some, the last.
+
+    Args:
+        names: of all datasets.
+        choices: as `metric_choices` reads them: metrics by names, patterns (`bbh.*`) or first parts of names (`bbh`).
+
+    Raises:
+        UsageError: a metric for datasets that are not there.
+    """
+
+    def unknown(name: str) -> UsageError:
+        there = f"there are {listed(list(names), 5)}"
+        return UsageError(f"{where} {name}=...: expected a dataset, found {name!r}{closest(name, names)}; {there}")
+
+    chosen = dict.fromkeys(names, choices[ALL_DATASETS]) if ALL_DATASETS in choices else {}
+    for datasets, kind in choices.items():
+        if datasets != ALL_DATASETS:
+            chosen |= dict.fromkeys(requested(datasets, names, unknown), kind)
+    return chosen
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def dataset_files(root: Path) -> tuple[dict[str, Path], bool]:
@@ -168,9 +251,11 @@ def dataset_files(root: Path) -> tuple[dict[str, Path], bool]:
     rows = [path for path in row_files(root) if path.suffix == ".jsonl"]
     flat = dict(sorted((path.relative_to(root).as_posix().removesuffix(".jsonl"), path) for path in rows))
     if not flat:
+        expected = 'expected NAME.jsonl or {main}/{sub}/test.jsonl with lines {"context": ..., "completion": ...}'
+        if skipped := passed_over(root):
+            raise DataError(f"{str(root)!r}: {expected}, found none: {_why_skipped(root, skipped)}")
         there = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
         found = listed(there, 5) or ("no files" if root.is_dir() else "a file" if root.exists() else "nothing")
-        expected = 'expected NAME.jsonl or {main}/{sub}/test.jsonl with lines {"context": ..., "completion": ...}'
         raise DataError(f"{str(root)!r}: {expected}, found {found}; `logo data prepare` writes those of the paper")
     return flat, False
 

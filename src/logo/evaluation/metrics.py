@@ -17,17 +17,16 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Protocol, SupportsFloat, TypeVar
+from typing import Any, Literal, Protocol, SupportsFloat, TypeVar
 
-from logo.errors import LoGoError, PluginError, UsageError, closest
+from logo.errors import LoGoError, PluginError, UsageError, check_choice, closest
 from logo.plugins import Registry
 
 Kind = str  # a name of `METRICS`
 Value = int | float | dict[str, float]
-
-KINDS = ("em", "em_multi", "em_first", "bleu", "rouge")
-"""The metrics that are not a plugin's."""
+Scale = Literal["binary", "graded"]  # each value is 0 or 1, or may be anything between them
 
 
 class MetricFunction(Protocol):
@@ -48,7 +47,16 @@ class MetricFunction(Protocol):
 
 _F = TypeVar("_F", bound=MetricFunction)
 
-METRICS: Registry[Callable[[str, Sequence[str]], Value]] = Registry("metric")
+
+@dataclass(frozen=True)
+class Metric:
+    """A registered metric: the function that gives an answer's value, and the scale of such values."""
+
+    function: Callable[[str, Sequence[str]], Value]
+    scale: Scale
+
+
+METRICS: Registry[Metric] = Registry("metric")
 
 _BY_NAME: Mapping[str, Kind] = {
     "bbh": "em",
@@ -94,23 +102,26 @@ def checked_kind(text: object, where: str) -> Kind:
     try:
         _ = METRICS[kind]
     except UsageError:
-        known = tuple(METRICS)
-        found = f"{text!r}{closest(kind, known)}"
+        names = tuple(METRICS)
         raise UsageError(
-            f"{where}: expected a metric ({', '.join(known)}), found {found}; a metric of your own needs --plugin"
+            f"{where}: expected a metric ({', '.join(names)}), found {text!r}{closest(kind, names)}; a metric of your "
+            "own needs --plugin"
         ) from None
     return kind
 
 
-def answer_in(text: str, whole: bool = False, preface: str = "") -> str:
+def answer_in(text: str, whole: bool = False, preface: str = "", *, official: bool = False) -> str:
     """The answer in a decoded continuation: stripped, and unless it is judged whole, its first line (`str.splitlines`).
     What the chat template writes in front of answers (`logo.prompts.preface`) is no part of it.
 
-    Blanks at the end of that line stay when more lines follow, as in the official code.
+    Args:
+        official: blanks at the end of the first line stay when more lines follow, as in the official code.
     """
     text = text.strip().removeprefix(preface.strip()).strip()
-    lines = text.splitlines()
-    return text if whole else lines[0] if lines else ""
+    if whole or not text:
+        return text
+    first_line = text.splitlines()[0]
+    return first_line if official else first_line.rstrip()
 
 
 def em(prediction: str, completion: str | Sequence[str]) -> int:
@@ -144,23 +155,42 @@ def rouge(prediction: str, completion: str | Sequence[str]) -> dict[str, float]:
     return {ours: float(scores[theirs].fmeasure) for ours, theirs in _ROUGE.items()}
 
 
-_OURS: tuple[Callable[[str, Sequence[str]], Value], ...] = (em, em_multi, em_first, bleu, rouge)
-for _name, _metric in zip(KINDS, _OURS, strict=True):
-    METRICS.add(_name, _metric, _metric)
+_OURS: Mapping[Kind, Metric] = {
+    "em": Metric(em, "binary"),
+    "em_multi": Metric(em_multi, "binary"),
+    "em_first": Metric(em_first, "binary"),
+    "bleu": Metric(bleu, "graded"),
+    "rouge": Metric(rouge, "graded"),
+}
+KINDS = tuple(_OURS)
+"""The metrics that are not a plugin's."""
+for _name, _metric in _OURS.items():
+    METRICS.add(_name, _metric, _metric.function)
 
 
-def register_metric(name: str) -> Callable[[_F], _F]:
+def register_metric(name: str, *, scale: Scale = "graded") -> Callable[[_F], _F]:
     """Registers a `MetricFunction` as the metric of this name; a decorator.
 
+    Args:
+        scale: `"graded"`: a value may be any number from 0 to 1; `"binary"`: it is 0 or 1, an answer is right or wrong.
+            Intervals and tests of results follow from it (`logo.evaluation.statistics`).
+
     Raises:
-        UsageError: the name is taken.
+        UsageError: the name is taken, or there is no such scale.
     """
+    check_choice(f"metric {name!r}: scale", scale, Scale)
 
     def add(function: _F) -> _F:
-        METRICS.add(name, function, function)
+        METRICS.add(name, Metric(function, scale), function)
         return function
 
     return add
+
+
+def scale_of(kind: Kind) -> Scale:
+    """The scale of a metric's values; `"graded"`, which assumes least, for a plugin's that is not loaded."""
+    metric = METRICS.get(kind)
+    return "graded" if metric is None else metric.scale
 
 
 def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Value:
@@ -168,26 +198,28 @@ def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Val
     number.
 
     Raises:
-        PluginError: a plugin fails, or does not return a number from 0 to 1.
+        PluginError: a plugin fails, or does not return a number of its scale.
     """
     golds = (completion,) if isinstance(completion, str) else completion
-    function = METRICS[kind]  # a plugin is loaded, and known as one, when it is first used
+    metric = METRICS[kind]  # a plugin is loaded, and known as one, when it is first used
     if kind not in METRICS.definitions:
-        return function(prediction, golds)
+        return metric.function(prediction, golds)
     try:
-        value: object = function(prediction, golds)
+        value: object = metric.function(prediction, golds)
     except LoGoError:
         raise
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
         where = f"for the answer {prediction!r:.60} and the gold texts {list(golds)!r:.60}"
-        raise PluginError(f"metric {kind!r} failed {where} ({said}); --debug shows the traceback") from error
+        raise PluginError(f"metric {kind!r} failed {where} ({reason}); --debug shows the traceback") from error
     try:
         number = float(value) if isinstance(value, SupportsFloat) else math.nan  # of NumPy and torch, too
     except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several numbers
         number = math.nan
     if not 0 <= number <= 1:
         raise PluginError(f"metric {kind!r}: expected a number from 0 to 1, found {value!r:.60}")
+    if metric.scale == "binary" and number not in (0, 1):
+        raise PluginError(f"metric {kind!r}: expected 0 or 1, since its scale is 'binary', found {value!r:.60}")
     return number
 
 
@@ -221,10 +253,19 @@ def measures(kind: Kind) -> tuple[str, ...]:
     return ("em" if kind == "em_multi" else kind,)
 
 
+def group_measure(measure: str) -> str:
+    """The measure as which a mean over datasets counts it: `em_first` is what the official code means by exact match,
+    so that its groups of datasets are those of the paper."""
+    return "em" if measure == "em_first" else measure
+
+
 def by_measure(kind: Kind, values: Sequence[Value]) -> dict[str, list[float]]:
     """The numbers of each measure, the primary one last, one number for each value of this metric."""
-    own = [value for value in values if isinstance(value, dict) == (kind == "rouge")]
-    return {name: [float(one[name] if isinstance(one, dict) else one) for one in own] for name in measures(kind)}
+    of_metric = [value for value in values if isinstance(value, dict) == (kind == "rouge")]
+    return {
+        name: [float(value[name] if isinstance(value, dict) else value) for value in of_metric]
+        for name in measures(kind)
+    }
 
 
 def summary_line(kind: Kind, values: Sequence[Value]) -> str:
@@ -267,32 +308,46 @@ def extra(kind: Kind, predictions: Sequence[str], golds: Sequence[Sequence[str]]
         return {}
     pairs = list(zip(predictions, golds, strict=True))
     if kind.startswith("em"):
-        exact = [max(float(squad(answer) == squad(gold)) for gold in texts) for answer, texts in pairs]
-        return {
-            "exact_match": fmean(exact),
-            "f1": fmean(max(token_f1(answer, gold) for gold in texts) for answer, texts in pairs),
-        }
+        return _of_answers(pairs)
+    best = _best_rouge(pairs) if kind == "rouge" else {}
+    return {**best, **_of_corpus(predictions, golds)}
+
+
+def _of_answers(pairs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, float]:
+    """Mean exact match and token F1 of answers, each with the gold text that it is most like."""
+    exact = [max(float(squad(answer) == squad(gold)) for gold in golds) for answer, golds in pairs]
+    overlap = [max(token_f1(answer, gold) for gold in golds) for answer, golds in pairs]
+    return {"exact_match": fmean(exact), "f1": fmean(overlap)}
+
+
+def _best_rouge(pairs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, float]:
+    """The mean of each ROUGE measure, of every answer with the gold text that gives most."""
+    scores_of_rows = [[rouge(answer, gold) for gold in golds] for answer, golds in pairs]
+    return {name: fmean(max(scores[name] for scores in row) for row in scores_of_rows) for name in _ROUGE}
+
+
+def _of_corpus(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Corpus BLEU and chrF of sacrebleu, from 0 to 100, with their signatures."""
     from sacrebleu import BLEU, CHRF
 
-    found: dict[str, Any] = {}
-    if kind == "rouge":
-        best = [[rouge(answer, gold) for gold in texts] for answer, texts in pairs]
-        found = {name: fmean(max(one[name] for one in each) for each in best) for name in _ROUGE}
     streams = [list(column) for column in itertools.zip_longest(*golds)]  # all first gold texts, all second ones, ...
     # `force` turns off the warning about texts that look tokenized.
-    for name, metric in (("bleu", BLEU(tokenize=tokenizer_for(golds), force=True)), ("chrf", CHRF())):
-        found[name] = float(metric.corpus_score(list(predictions), streams).score)
-        found[f"{name}_signature"] = str(metric.get_signature())
-    return found
+    metrics = {"bleu": BLEU(tokenize=tokenizer_for(golds), force=True), "chrf": CHRF()}
+    numbers: dict[str, Any] = {}
+    for name, metric in metrics.items():
+        numbers[name] = float(metric.corpus_score(list(predictions), streams).score)
+        numbers[f"{name}_signature"] = str(metric.get_signature())
+    return numbers
 
 
 def token_f1(prediction: str, gold: str) -> float:
     """The harmonic mean of precision and recall of the answer's words after `squad`, in [0, 1]."""
-    answer, right = squad(prediction).split(), squad(gold).split()
-    if not answer or not right:
-        return float(answer == right)
-    common = sum((Counter(answer) & Counter(right)).values())
-    return 2 * common / (len(answer) + len(right))
+    words = squad(prediction).split()
+    gold_words = squad(gold).split()
+    if not words or not gold_words:
+        return float(words == gold_words)
+    common = sum((Counter(words) & Counter(gold_words)).values())
+    return 2 * common / (len(words) + len(gold_words))
 
 
 def squad(text: str) -> str:

@@ -1,6 +1,6 @@
 """One self-contained page of results, and its tables as CSV and LaTeX.
 
-    table of rows -> `analyse` -> `Report`: scores, comparison, weights of adapters -> `page`, `frames`, `latex`
+    table of rows -> `analyse` -> `Report`: scores, comparison, weights, notes -> `page`, `frames`, `latex`
 
 The page works offline: charts are Altair's, drawn by the Vega that is written into the page once. Every text of a run
 reaches it as escaped HTML or as JSON, which its script shows as text.
@@ -9,7 +9,7 @@ reaches it as escaped HTML or as JSON, which its script shows as text.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from logo.errors import listed
-from logo.evaluation.compare import Comparison, compare, lines_of, values_of
+from logo.evaluation.compare import Column, Comparison, Line, column_for, columns_of, compare, lines_of
 from logo.evaluation.statistics import ALPHA, interval, of_mean
 
 if TYPE_CHECKING:
@@ -39,12 +39,14 @@ class Report:
             95 % interval. A run has the mean of a group if it has all of the group's datasets.
         comparison: of each run with the first.
         weights: run, dataset, adapter, and the mean weight that rows gave it.
+        notes: what has to be known beside the numbers, one sentence each.
     """
 
     table: pandas.DataFrame
     scores: pandas.DataFrame
     comparison: Comparison
     weights: pandas.DataFrame
+    notes: tuple[str, ...]
 
     @property
     def runs(self) -> list[str]:
@@ -59,29 +61,77 @@ def analyse(table: pandas.DataFrame, *, seed: int = 0) -> Report:
         table: as `results.read` returns it.
         seed: of intervals and tests.
     """
+    absent = [name for name in ("prompt", "completion", "confidence", "error", "cut") if name not in table]
+    table = table.assign(**dict.fromkeys(absent)).astype(object)
+    table = table.where(table.notna(), None)
+    columns = {key: columns_of(rows) for key, rows in table.groupby(["run", "dataset"], sort=False)}
+    comparison = compare(table, seed=seed, strict=False)
+    notes = (*comparison.notes, *_official_metrics(table), *_row_notes(table))
+    return Report(table, _scores(columns, seed), comparison, _weights(table), notes)
+
+
+def _scores(columns: Mapping[tuple[str, str], Mapping[str, Column]], seed: int) -> pandas.DataFrame:
+    """The lines of `Report.scores`, from the columns of each run and dataset."""
     import pandas
 
-    unknown = [name for name in ("prompt", "completion", "confidence", "error") if name not in table]
-    table = table.assign(**dict.fromkeys(unknown)).astype(object)
-    table = table.where(table.notna(), None)
-    parts = {key: values_of(rows) for key, rows in table.groupby(["run", "dataset"], sort=False)}
     measured: dict[str, dict[str, None]] = {}
-    for (_, dataset), values in parts.items():
-        measured.setdefault(dataset, {}).update(dict.fromkeys(values))
-    scores = []
-    for name, measure, members in lines_of(measured):
-        for run in dict.fromkeys(run for run, _ in parts):
-            known = [parts[run, one][measure] for one in members if measure in parts.get((run, one), {})]
-            if len(known) == len(members):
-                means = [float(one.mean()) for one in known]
-                low, high = of_mean(means, [interval(one, seed) for one in known]) or (None, None)
-                counts = len(members), sum(map(len, known))
-                scores.append((run, name, measure, *counts, float(np.mean(means)), low, high))
+    for (_, dataset), by_measure in columns.items():
+        measured.setdefault(dataset, {}).update(dict.fromkeys(by_measure))
+    runs = list(dict.fromkeys(run for run, _ in columns))
+    scores = [
+        _score(run, line, members, seed)
+        for line in lines_of(measured)
+        for run in runs
+        if (members := _members(line, run, columns)) is not None
+    ]
+    return pandas.DataFrame(scores, columns=SCORES)
+
+
+def _members(line: Line, run: str, columns: Mapping[tuple[str, str], Mapping[str, Column]]) -> list[Column] | None:
+    """The column of each dataset of a line; None if the run lacks one, whose mean would be of other datasets."""
+    members = []
+    for dataset in line.datasets:
+        column = column_for(line, columns.get((run, dataset), {}))
+        if column is None:
+            return None
+        members.append(column)
+    return members
+
+
+def _score(run: str, line: Line, members: Sequence[Column], seed: int) -> tuple[Any, ...]:
+    """One line of `Report.scores`."""
+    means = [float(column.values.mean()) for column in members]
+    intervals = [interval(column.values, column.scale, seed) for column in members]
+    low, high = of_mean(means, intervals) or (None, None)
+    rows = sum(len(column.values) for column in members)
+    return run, line.name, line.measure, len(members), rows, float(np.mean(means)), low, high
+
+
+def _weights(table: pandas.DataFrame) -> pandas.DataFrame:
+    """The lines of `Report.weights`; adapters whose weight a row does not know are left out."""
     chosen = table[["run", "dataset", "selected", "weights"]].explode(["selected", "weights"]).dropna()
-    shares = chosen.astype({"weights": float}).groupby(["run", "dataset", "selected"], sort=False)["weights"].sum()
-    shares = shares / table.groupby(["run", "dataset"], sort=False).size()
-    weights = shares.dropna().rename_axis(["run", "dataset", "adapter"]).reset_index(name="weight")
-    return Report(table, pandas.DataFrame(scores, columns=SCORES), compare(table, seed=seed, strict=False), weights)
+    sums = chosen.astype({"weights": float}).groupby(["run", "dataset", "selected"], sort=False)["weights"].sum()
+    means = sums / table.groupby(["run", "dataset"], sort=False).size()
+    return means.dropna().rename_axis(["run", "dataset", "adapter"]).reset_index(name="weight")
+
+
+def _official_metrics(table: pandas.DataFrame) -> Iterator[str]:
+    """That means of a run over several datasets hold exact matches with the first gold text alone."""
+    official = table[table["metric"] == "em_first"]
+    for run, rows in official.groupby("run", sort=False):
+        datasets = listed(list(dict.fromkeys(rows["dataset"])))
+        yield f"{run}: answers of {datasets} are compared with the first gold text alone (em_first), also in means"
+
+
+def _row_notes(table: pandas.DataFrame) -> Iterator[str]:
+    """How many rows have no answer, and how many prompts were cut."""
+    failed = int(table["error"].notna().sum())
+    if failed:
+        yield f"{failed} rows have no answer, and count as wrong"
+    cut = table[table["cut"].fillna(0).astype(int) > 0]
+    for (run, dataset), rows in cut.groupby(["run", "dataset"], sort=False):
+        of_all = int(((table["run"] == run) & (table["dataset"] == dataset)).sum())
+        yield f"{run}: {len(rows)} of {of_all} prompts of {dataset} were cut, by up to {max(rows['cut'])} tokens"
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -93,10 +143,12 @@ def frames(report: Report) -> dict[str, pandas.DataFrame]:
 
     lines = []
     for line in report.comparison.lines:
-        low, high = line.found.interval or (None, None)
+        low, high = line.pair.interval or (None, None)
         lines.append({**line.as_json(), "low": low, "high": high})
     compared = pandas.DataFrame(lines).drop(columns="interval", errors="ignore")
-    rows = report.table.map(lambda one: json.dumps(one, ensure_ascii=False) if isinstance(one, list | dict) else one)
+    rows = report.table.map(
+        lambda cell: json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | dict) else cell
+    )
     return {"results": report.scores, "comparisons": compared, "adapters": report.weights, "rows": rows}
 
 
@@ -108,8 +160,8 @@ def results_table(report: Report) -> pandas.DataFrame:
     for run, name, measure, datasets, _, score, *ends in report.scores.itertuples(index=False, name=None):
         cell = _percent(score, None if pandas.isna(ends[0]) else ends)
         lines.setdefault((_counted(name, datasets), measure), {})[run] = cell
-    found = [(*line, *(cells.get(run, "-") for run in report.runs)) for line, cells in lines.items()]
-    return pandas.DataFrame(found, columns=["dataset", "measure", *report.runs])
+    rows = [(*line, *(cells.get(run, "-") for run in report.runs)) for line, cells in lines.items()]
+    return pandas.DataFrame(rows, columns=["dataset", "measure", *report.runs])
 
 
 def comparisons_table(report: Report) -> pandas.DataFrame:
@@ -119,10 +171,11 @@ def comparisons_table(report: Report) -> pandas.DataFrame:
     columns = ["A", "B", "dataset", "measure", "rows", "mean A", "mean B", "B − A", "better", "worse", "p", "p Holm"]
     lines = []
     for line in report.comparison.lines:
-        one = line.found
-        numbers = one.rows, _percent(one.a), _percent(one.b), _percent(one.difference, one.interval, "+")
-        tested = one.better, one.worse, f"{one.p:.3g}", f"{one.p_holm:.3g}", one.is_marked
-        lines.append((line.a, line.b, _counted(line.name, line.datasets), line.measure, *numbers, *tested))
+        pair = line.pair
+        means = (_percent(pair.a), _percent(pair.b), _percent(pair.difference, pair.interval, "+"))
+        test = (pair.better, pair.worse, f"{pair.p:.3g}", f"{pair.p_holm:.3g}", pair.is_marked)
+        place = (line.a, line.b, _counted(line.name, line.datasets), line.measure)
+        lines.append((*place, pair.rows, *means, *test))
     return pandas.DataFrame(lines, columns=[*columns, "marked"])
 
 
@@ -131,13 +184,12 @@ def latex(report: Report) -> str:
     compared = comparisons_table(report).drop(columns="marked")
     holm = f"p Holm: corrected for {len(compared)} together"
     tables = {"Results": results_table(report), f"Comparisons ({holm})": compared}
-    how: dict[str, Any] = {"index": False, "escape": True}
-    made = [
-        frame.to_latex(caption=rf"{said}, in percent with 95 \% intervals", **how).replace("−", "$-$")
-        for said, frame in tables.items()
-        if len(frame)
-    ]
-    return "\n".join(made)
+    texts = []
+    for heading, frame in tables.items():
+        if len(frame):
+            caption = rf"{heading}, in percent with 95 \% intervals"
+            texts.append(frame.to_latex(caption=caption, index=False, escape=True).replace("−", "$-$"))
+    return "\n".join(texts)
 
 
 def _percent(value: float, interval: Sequence[float] | None = None, sign: str = "") -> str:
@@ -160,15 +212,15 @@ def page(report: Report) -> str:
     import jinja2
     import vl_convert
 
-    table, runs = report.table, report.runs
-    failed = int(table["error"].notna().sum())
+    table = report.table
+    runs = report.runs
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html.j2").render(
         title=f"LoGo: {listed(runs)}",
         runs=runs,
         counts={"run": len(runs), "dataset": table["dataset"].nunique(), "row": len(table)},
-        notes=[*report.comparison.notes, *([f"{failed} rows have no answer, and count as wrong"] if failed else [])],
+        notes=report.notes,
         results=results_table(report),
         compared=comparisons_table(report),
         alpha=ALPHA,
@@ -186,18 +238,18 @@ def _charts(report: Report) -> dict[str, dict[str, Any]]:
     import altair
 
     order = list(dict.fromkeys(report.scores["name"]))
-    found: dict[str, altair.Chart | altair.LayerChart] = {"results": _scores_chart(report)}
-    heaviest = report.weights.assign(weight=report.weights["weight"].abs()).groupby("adapter")["weight"].sum()
-    kept = set(heaviest.nlargest(MOST_ADAPTERS).index)
+    charts: dict[str, altair.Chart | altair.LayerChart] = {"results": _scores_chart(report)}
+    sums = report.weights.assign(weight=report.weights["weight"].abs()).groupby("adapter")["weight"].sum()
+    heaviest = set(sums.nlargest(MOST_ADAPTERS).index)
     for number, run in enumerate(report.runs):
-        weights = report.weights[(report.weights["run"] == run) & report.weights["adapter"].isin(kept)]
-        sure = report.table[(report.table["run"] == run) & report.table["confidence"].notna()]
+        weights = report.weights[(report.weights["run"] == run) & report.weights["adapter"].isin(heaviest)]
+        confident = report.table[(report.table["run"] == run) & report.table["confidence"].notna()]
         if len(weights):
-            found[f"adapters-{number}"] = _adapters_chart(weights, order)
-        if len(sure):
-            found[f"confidence-{number}"] = _confidence_chart(sure)
+            charts[f"adapters-{number}"] = _adapters_chart(weights, order)
+        if len(confident):
+            charts[f"confidence-{number}"] = _confidence_chart(confident)
     with altair.data_transformers.enable("default", max_rows=None):
-        return {name: chart.properties(width="container").to_dict() for name, chart in found.items()}
+        return {name: chart.properties(width="container").to_dict() for name, chart in charts.items()}
 
 
 def _scores_chart(report: Report) -> altair.LayerChart:
@@ -256,22 +308,26 @@ def _confidence_chart(rows: pandas.DataFrame) -> altair.Chart:
 def _rows(report: Report) -> dict[str, list[Any]]:
     """Every row as a list of cells: texts that runs share, such as prompts, are written once, and cells are their
     numbers."""
-    texts: dict[str, int] = {}
-    found = []
-    for one in report.table.to_dict("records"):
-        weighted = zip(one["selected"], one["weights"], strict=False)
-        cells = (
-            *(one["run"], one["dataset"], _text(one["prompt"]), _text(one["completion"]), one["prediction"]),
-            ", ".join(f"{name} {weight:.2f}" for name, weight in weighted),
-            one["error"] or "",
+    numbers_of_texts: dict[str, int] = {}
+    rows = []
+    for line in report.table.to_dict("records"):
+        weights = zip(line["selected"], line["weights"], strict=False)
+        texts = (
+            line["run"],
+            line["dataset"],
+            _text(line["prompt"]),
+            _text(line["completion"]),
+            line["prediction"],
+            ", ".join(name if weight is None else f"{name} {weight:.2f}" for name, weight in weights),
+            line["error"] or "",
         )
-        numbers = one["index"] + 1, round(100 * one["score"], 2), one["confidence"]
-        found.append([*(texts.setdefault(cell, len(texts)) for cell in cells), *numbers])
-    return {"texts": list(texts), "rows": found}
+        cells = [numbers_of_texts.setdefault(text, len(numbers_of_texts)) for text in texts]
+        rows.append([*cells, line["index"] + 1, round(100 * line["score"], 2), line["confidence"]])
+    return {"texts": list(numbers_of_texts), "rows": rows}
 
 
 def _text(value: Any) -> str:
     """A prompt or gold text: a text, a chat's messages, or several texts."""
     if isinstance(value, list):
-        return "\n".join(f"{one['role']}: {one['content']}" if isinstance(one, dict) else str(one) for one in value)
+        return "\n".join(f"{part['role']}: {part['content']}" if isinstance(part, dict) else part for part in value)
     return str(value or "")

@@ -4,25 +4,27 @@
         eval_results, predictions, selected_loras, weights, metric_dict, time_dict (.json)   as the official script
         run.json      what the answers depend on, every option, scores with intervals, versions
         rows.jsonl    a line per row: index, prompt, completion, references, target (the adapter that it names),
-                      prediction, value, error, selected, weights, scores, confidence, form, seconds
+                      cut (tokens of the prompt that did not fit), prediction, value, error, selected, weights, scores,
+                      confidence, form, seconds
 
 An unfinished result is a hidden folder beside its place with `run.json` and the lines so far, in any order.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.metrics import OFFICIAL_KINDS, by_measure, measures, metric_kind
+from logo.evaluation.datasets import chosen_metrics
+from logo.evaluation.metrics import OFFICIAL_KINDS, Kind, by_measure, judge, measures, metric_kind, scale_of
 from logo.files import new_folder, replace_file, walked
 
 if TYPE_CHECKING:
@@ -87,7 +89,8 @@ class Partial:
         fresh: bool = False,
         stands: Callable[[], bool] | None = None,
     ) -> None:
-        self.folder, self._home = folder, partial_of(folder)
+        self.folder = folder
+        self._home = partial_of(folder)
         try:
             self._home.mkdir(parents=True, exist_ok=True)
             # Unbuffered, so that closing does not try again what could not be written.
@@ -117,7 +120,7 @@ class Partial:
         else:
             check_begun(self.folder, identity)
         self._file.truncate(sum(len(line) + 1 for line in lines))
-        return {one["index"]: one for one in map(json.loads, lines)}
+        return {record["index"]: record for record in map(json.loads, lines)}
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes records, and returns when they are on the disk.
@@ -126,13 +129,13 @@ class Partial:
             StorageError: they cannot be written.
         """
         try:
-            rest = memoryview(b"".join(json.dumps(one).encode() + b"\n" for one in records))
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            unwritten = memoryview(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+            while unwritten:
+                unwritten = unwritten[self._file.write(unwritten) :]
             os.fsync(self._file.fileno())
         except OSError as error:
             raise _unusable(self._home, error) from error
-        self.records |= {one["index"]: dict(one) for one in records}
+        self.records |= {record["index"]: dict(record) for record in records}
 
     def finish(self, contents: Mapping[str, object]) -> None:
         """Writes the result, all or nothing, in the place of an earlier one; files of other names are kept there.
@@ -161,10 +164,11 @@ def check_begun(folder: Path, identity: Mapping[str, Any]) -> None:
     """Raises UsageError if rows of an unfinished result are there that another run has left."""
     home = partial_of(folder)
     begun = (home / RUN).exists() and (home / ROWS).exists() and b"\n" in (home / ROWS).read_bytes()
-    if begun and (found := differences(identity, read_run(home)["identity"])):
+    different = differences(identity, read_run(home)["identity"]) if begun else []
+    if different:
         raise UsageError(
             f"{home} was left by an unfinished run with other settings, pool, rows or versions "
-            f"({described(found)}); repeat that run to finish it, or begin again with --overwrite"
+            f"({described(different)}); repeat that run to finish it, or begin again with --overwrite"
         )
 
 
@@ -190,14 +194,15 @@ def is_done(
         raise UsageError(
             f"{folder} holds a result without a {RUN} that says which run it is of; --overwrite replaces it"
         )
-    found = differences(identity, read_run(folder)["identity"])
-    if found:
-        judged = {name for name, *_ in found} <= {"metric", "metric_plugin"}
-        judging = f"logo eval report {folder} --metric {identity.get('metric')} --save report.html"
-        again = f"; `{judging}` judges its answers anew" if judged else ""
-        both = f"another {'--result-dir' if files is FILES else '--save'} keeps both"
-        held = f"{folder} holds the result of another run: {described(found)}{again}"
-        raise UsageError(f"{held}; --overwrite replaces it, {both}")
+    different = differences(identity, read_run(folder)["identity"])
+    if different:
+        hints = [f"{folder} holds the result of another run: {described(different)}"]
+        if {name for name, *_ in different} <= {"metric", "metric_plugin"}:
+            judging = f"logo eval report {folder} --metric {identity.get('metric')} --save report.html"
+            hints.append(f"`{judging}` judges its answers anew")
+        option = "--result-dir" if files is FILES else "--save"
+        hints.append(f"--overwrite replaces it, another {option} keeps both")
+        raise UsageError("; ".join(hints))
     return all((folder / name).exists() for name in files)
 
 
@@ -213,65 +218,130 @@ def official_files(
         columns: names of the adapters that any row scored, in pool order: the columns of `metric_dict.json`.
     """
     seconds: dict[str, float] = {}
-    for one in records:
-        for stage, value in one["seconds"].items():
-            seconds[stage] = seconds.get(stage, 0.0) + value
-    contents = (
-        [one["value"] for one in records],
-        [one["prediction"] for one in records],
-        [one["selected"] for one in records],
-        [one["weights"] for one in records],
-        {strategy: [[one["scores"].get(name) for name in columns] for one in records]},
-        {"loading": loading, **seconds},
-    )
-    return {f"{name}.json": content for name, content in zip(OFFICIAL, contents, strict=True)}
+    for record in records:
+        for stage, duration in record["seconds"].items():
+            seconds[stage] = seconds.get(stage, 0.0) + duration
+    return {
+        "eval_results.json": [record["value"] for record in records],
+        "predictions.json": [record["prediction"] for record in records],
+        "selected_loras.json": [record["selected"] for record in records],
+        "weights.json": [record["weights"] for record in records],
+        "metric_dict.json": {strategy: [[record["scores"].get(name) for name in columns] for record in records]},
+        "time_dict.json": {"loading": loading, **seconds},
+    }
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read(paths: str | Path | Sequence[str | Path], metric: str | None = None) -> pandas.DataFrame:
+@dataclass(frozen=True)
+class StoredResult:
+    """The result of one dataset, as its folder has it.
+
+    Attributes:
+        folder: of the result; `run_folder`: of the run that it is of.
+        about: its `run.json`; empty if there is none, as of the official script's.
+    """
+
+    folder: Path
+    run_folder: Path
+    about: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path) -> StoredResult:
+        """The result in a folder."""
+        full = folder.resolve()
+        about = read_run(folder) if (folder / RUN).exists() else {}
+        dataset = PurePosixPath(about.get("dataset", {}).get("name") or full.name).parts
+        # A dataset with a nested name has as many folders, unless its result was moved.
+        depth = len(dataset) if full.parts[-len(dataset) :] == dataset else 1
+        named = (above for above in full.parents if _FOLDER.fullmatch(above.name))
+        return cls(folder, next(named, full.parents[depth - 1]), about)
+
+    @property
+    def dataset(self) -> str:
+        """The dataset's name."""
+        name: str | None = self.about.get("dataset", {}).get("name")
+        return name or self.folder.resolve().relative_to(self.run_folder).as_posix()
+
+    @property
+    def metric(self) -> Kind:
+        """The metric of the stored values."""
+        metric: Kind | None = self.about.get("metric")
+        by_name = metric_kind(self.dataset)
+        return metric or OFFICIAL_KINDS.get(by_name, by_name)
+
+    def columns(self, run: str) -> dict[str, Any]:
+        """What is the same for all of its rows, of a run that is called so."""
+        matched = _FOLDER.fullmatch(self.run_folder.name)
+        parts: Mapping[str, Any] = matched.groupdict() if matched else {}
+        identity = self.about.get("identity", {})
+        settings = identity.get("settings", {})
+        method = identity.get("method", {}).get("method") or parts.get("method")
+        return {
+            "run": run,
+            "base": identity.get("base_model") or parts.get("base"),
+            "method": settings.get("signal") or method if method == "logo" else method,
+            "k": int(parts["k"]) if parts else settings.get("k"),
+            "seed": int(parts["seed"]) if parts else identity.get("seed"),
+            "dataset": self.dataset,
+        }
+
+
+def read(paths: str | Path | Sequence[str | Path], metrics: Mapping[str, Kind] | None = None) -> pandas.DataFrame:
     """All results at or below some folders as one table, a line per row of a dataset.
 
     Its columns are those of `rows.jsonl`; `run`, `base`, `method`, `k` and `seed`, from `run.json` and the folder's
-    name; `dataset`, `metric`; and `score`, the primary measure of `value` (ROUGE-L of three). What the official script
-    has written has no prompts, gold texts and confidences. `attrs["runs"]` has the `run.json` by run and dataset.
+    name; `dataset`, `metric` and its `scale`; and `score`, the primary measure of `value` (ROUGE-L of three). What the
+    official script has written has no prompts, gold texts and confidences. `attrs["runs"]` has the `run.json` by run
+    and dataset.
 
     Args:
-        metric: judges the stored answers anew; None: the values are those that the run has written.
+        metrics: judge the stored answers anew, by dataset (`datasets.chosen_metrics`); the values of other datasets are
+            those that the run has written.
 
     Raises:
-        UsageError: there is no result.
+        UsageError: there is no result, or a metric for a dataset that is not there.
         DataError, StorageError: a file is not what a run writes, or cannot be read, or a run has a dataset twice.
     """
     import pandas
 
-    from logo.evaluation.metrics import judge
-
-    found: list[dict[str, Any]] = []
+    roots = [paths] if isinstance(paths, str | Path) else paths
+    folders = dict.fromkeys(folder.resolve() for root in roots for folder in find(Path(root)))
+    results = [StoredResult.of(folder) for folder in folders]
+    names = _names(result.run_folder for result in results)
+    chosen = chosen_metrics(list(dict.fromkeys(result.dataset for result in results)), metrics or {})
+    rows: list[dict[str, Any]] = []
     runs: dict[str, dict[str, Any]] = {}
     places: dict[tuple[str, str], Path] = {}
-    given = map(Path, [paths] if isinstance(paths, str | Path) else paths)
-    folders = {folder: _run_of(folder) for path in given for folder in map(Path.resolve, find(path))}
-    names = _names(folders.values())
-    for folder, above in folders.items():
-        run, about = _about(folder, above, names[above])
-        kind = metric or about["metric"]
-        if (other := places.setdefault((about["run"], about["dataset"]), folder)) != folder:
-            raise DataError(f"{other} and {folder} both hold {about['dataset']!r} of one run; move one elsewhere")
-        runs.setdefault(about["run"], {})[about["dataset"]] = run
-        for line in lines(folder):
-            if metric is not None:
-                if "completion" not in line:
-                    raise DataError(f"{folder}: expected {ROWS} with gold texts to judge by, found none")
-                line["value"] = judge(kind, line["prediction"], line["completion"], failed=bool(line.get("error")))
-            primary = by_measure(kind, [line["value"]])[measures(kind)[-1]]
-            if not primary:
-                raise DataError(f"{folder}: expected values of the metric {kind}, found {line['value']!r:.60}")
-            found.append({**about, "metric": kind, **line, "score": primary[0]})
-    table = pandas.DataFrame(found)
+    for result in results:
+        run = names[result.run_folder]
+        first_place = places.setdefault((run, result.dataset), result.folder)
+        if first_place != result.folder:
+            both = f"{first_place} and {result.folder} both hold {result.dataset!r} of one run"
+            raise DataError(f"{both}; move one elsewhere")
+        runs.setdefault(run, {})[result.dataset] = result.about
+        rows += _table_lines(result, run, chosen.get(result.dataset))
+    table = pandas.DataFrame(rows)
     table.attrs["runs"] = runs
     return table
+
+
+def _table_lines(result: StoredResult, run: str, chosen: Kind | None) -> Iterator[dict[str, Any]]:
+    """The rows of a result as lines of a table, judged anew if a metric is chosen. The values of a result without gold
+    texts, as the official script's, stand for its own metric."""
+    metric = chosen or result.metric
+    scale = None if chosen else result.about.get("scale")
+    columns = {**result.columns(run), "metric": metric, "scale": scale or scale_of(metric)}
+    for line in lines(result.folder):
+        if chosen and "completion" in line:
+            line["value"] = judge(metric, line["prediction"], line["completion"], failed=bool(line.get("error")))
+        elif metric != result.metric:
+            raise DataError(f"{result.folder}: expected {ROWS} with gold texts to judge by, found none")
+        primary = by_measure(metric, [line["value"]])[measures(metric)[-1]]
+        if not primary:
+            raise DataError(f"{result.folder}: expected values of the metric {metric}, found {line['value']!r:.60}")
+        yield {**columns, **line, "score": primary[0]}
 
 
 def find(path: Path) -> list[Path]:
@@ -281,49 +351,24 @@ def find(path: Path) -> list[Path]:
         UsageError: there is none.
     """
     marked = sorted(file.parent for file in walked(path) if file.name == MARK)
-    below = [one for one in marked if not any(part.startswith(".") for part in one.relative_to(path).parts)]
-    if not below:
+    shown = [folder for folder in marked if not any(part.startswith(".") for part in folder.relative_to(path).parts)]
+    if not shown:
         what = "none" if path.is_dir() else "a file" if path.exists() else "no such folder"
         raise UsageError(f"results {str(path)!r}: expected a folder with {MARK} in it or below, found {what}")
-    return below
+    return shown
 
 
-def _run_of(folder: Path) -> Path:
-    """The folder of the run that a result is of."""
-    full, run = folder.resolve(), read_run(folder) if (folder / RUN).exists() else {}
-    named = PurePosixPath(run.get("dataset", {}).get("name") or full.name).parts  # a nested one, unless it was moved
-    below = len(named) if full.parts[-len(named) :] == named else 1
-    return next((above for above in full.parents if _FOLDER.fullmatch(above.name)), full.parents[below - 1])
-
-
-def _names(runs: Iterable[Path]) -> dict[Path, str]:
+def _names(folders: Iterable[Path]) -> dict[Path, str]:
     """The names of runs' folders, with as many folders above as tell them from others that are called the same."""
-    distinct, found = list(dict.fromkeys(runs)), {}
-    for one in distinct:
-        same = [other for other in distinct if other.name == one.name]
-        depth = next(n for n in itertools.count(1) if len({other.parts[-n:] for other in same}) == len(same))
-        found[one] = "/".join(one.parts[-depth:])
-    return found
-
-
-def _about(folder: Path, above: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The `run.json` of a result, empty if there is none, and the columns that are the same for all of its rows."""
-    run = read_run(folder) if (folder / RUN).exists() else {}
-    matched = _FOLDER.fullmatch(above.name)
-    parts: Mapping[str, Any] = matched.groupdict() if matched else {}
-    dataset = run.get("dataset", {}).get("name") or folder.resolve().relative_to(above).as_posix()
-    said = run.get("identity", {})
-    method = said.get("method", {}).get("method") or parts.get("method")
-    signal = said.get("settings", {}).get("signal")
-    return run, {
-        "run": name,
-        "base": said.get("base_model") or parts.get("base"),
-        "method": signal if method == "logo" and signal else method,
-        "k": int(parts["k"]) if parts else said.get("settings", {}).get("k"),
-        "seed": int(parts["seed"]) if parts else said.get("seed"),
-        "dataset": dataset,
-        "metric": run.get("metric") or OFFICIAL_KINDS.get(kind := metric_kind(dataset), kind),
-    }
+    distinct = list(dict.fromkeys(folders))
+    names = {}
+    for folder in distinct:
+        namesakes = [path for path in distinct if path.name == folder.name]
+        depth = 1
+        while len({path.parts[-depth:] for path in namesakes}) < len(namesakes):
+            depth += 1
+        names[folder] = "/".join(folder.parts[-depth:])
+    return names
 
 
 def lines(folder: Path) -> Iterator[dict[str, Any]]:
@@ -340,11 +385,17 @@ def lines(folder: Path) -> Iterator[dict[str, Any]]:
     try:
         [scores] = files["metric_dict"].values()
         columns = about.get("score_columns") or [str(place) for place in range(len(scores[0]) if scores else 0)]
-        keys = ("value", "prediction", "selected", "weights")
         rows = zip(*(files[name] for name in OFFICIAL[:4]), scores, strict=True)
-        for index, (*fields, row) in enumerate(rows):
-            known = dict(zip(columns, row, strict=True))
-            yield {"index": index, **dict(zip(keys, fields, strict=True)), "scores": known, "error": None}
+        for index, (value, prediction, selected, weights, scores_of_row) in enumerate(rows):
+            yield {
+                "index": index,
+                "value": value,
+                "prediction": prediction,
+                "selected": selected,
+                "weights": weights,
+                "scores": dict(zip(columns, scores_of_row, strict=True)),
+                "error": None,
+            }
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(
             f"{folder}: expected the files of the official script, of equally many rows: {error}"
@@ -353,10 +404,10 @@ def lines(folder: Path) -> Iterator[dict[str, Any]]:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """The `run.json` of a result; UsageError if it is none."""
-    found = _json(folder / RUN)
-    if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
+    about = _json(folder / RUN)
+    if not isinstance(about, dict) or not isinstance(about.get("identity"), dict):
         raise UsageError(f"{folder / RUN}: expected what a run writes, found something else; --overwrite replaces it")
-    return found
+    return about
 
 
 def _json(file: Path) -> Any:
@@ -398,30 +449,35 @@ def _lock(descriptor: int, home: Path) -> None:
 Difference = tuple[str, object, object]  # name, value on the one side and on the other
 
 
-def differences(one: Mapping[str, object], other: Mapping[str, object]) -> list[Difference]:
+def differences(ours: Mapping[str, object], theirs: Mapping[str, object]) -> list[Difference]:
     """The entries that differ, by dotted name; None stands for a missing one. If the number of rows differs, their
     digest is left out."""
-    found = [pair for pair in _pairs("", one, other) if pair[1] != pair[2]]
-    names = {name for name, _, _ in found}
-    return [pair for pair in found if not (pair[0].endswith("_sha256") and pair[0].removesuffix("_sha256") in names)]
+    different = [entry for entry in _entries("", ours, theirs) if entry[1] != entry[2]]
+    names = {name for name, _, _ in different}
+    digests_of_others = {f"{name}_sha256" for name in names}
+    return [entry for entry in different if entry[0] not in digests_of_others]
 
 
-def described(found: Sequence[Difference], most: int = 5) -> str:
+def described(different: Sequence[Difference], most: int = 5) -> str:
     """The differences in a few words, from the other side: `settings.k is 5, not 2`."""
-    named = [
-        f"{name} is {_short(theirs)}{' instead of' if ours is None else ', not'} {_short(ours)}"
-        for name, ours, theirs in found[:most]
-    ]
-    return "; ".join([*named, *([f"and {len(found) - most} more"] if len(found) > most else [])])
+    words = []
+    for name, ours, theirs in different[:most]:
+        instead = " instead of" if ours is None else ", not"
+        words.append(f"{name} is {_short(theirs)}{instead} {_short(ours)}")
+    if len(different) > most:
+        words.append(f"and {len(different) - most} more")
+    return "; ".join(words)
 
 
-def _pairs(prefix: str, one: Mapping[str, object], other: Mapping[str, object]) -> Iterator[Difference]:
-    for key in dict.fromkeys((*one, *other)):
-        ours, theirs = one.get(key), other.get(key)
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            yield from _pairs(f"{prefix}{key}.", ours, theirs)
+def _entries(prefix: str, ours: Mapping[str, object], theirs: Mapping[str, object]) -> Iterator[Difference]:
+    """Every entry of two mappings and of the mappings in them, by dotted name."""
+    for key in dict.fromkeys((*ours, *theirs)):
+        our_value = ours.get(key)
+        their_value = theirs.get(key)
+        if isinstance(our_value, Mapping) and isinstance(their_value, Mapping):
+            yield from _entries(f"{prefix}{key}.", our_value, their_value)
         else:
-            yield f"{prefix}{key}", ours, theirs
+            yield f"{prefix}{key}", our_value, their_value
 
 
 def _short(value: object, longest: int = 20) -> str:

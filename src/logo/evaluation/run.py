@@ -1,4 +1,4 @@
-"""`evaluate`: datasets through an `Answerer`, each into a result folder.
+"""`answer_datasets`: datasets through an `Answerer`, each into a result folder.
 
     datasets -> done already, unfinished or new -> blocks of missing rows -> `Answerer.answer` -> rows.jsonl -> files
 
@@ -7,21 +7,21 @@ Blocks are answered in this process, or by workers (`logo.cluster`), which get t
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.baselines.method import Method
+from logo.baselines.target import target_adapters
 from logo.errors import LoGoError, UsageError
-from logo.evaluation.answer import Answerer, Facts, dataset_identity
-from logo.evaluation.metrics import by_measure, extra, judge, load
+from logo.evaluation.answer import Answerer, Facts, dataset_identity, task_of
+from logo.evaluation.metrics import by_measure, extra, judge, load, scale_of
 from logo.evaluation.results import RUN, Partial, check_begun, differences, is_done, official_files, read_run
-from logo.evaluation.statistics import scores
+from logo.evaluation.statistics import means
 from logo.recorded import versions
 
 if TYPE_CHECKING:
@@ -48,127 +48,182 @@ def in_this_process(answerer: Answerer) -> Work:
     return lambda blocks: ((block, answerer.answer(*block)) for block in blocks)
 
 
-def evaluate(
-    datasets: Sequence[Dataset],
-    folder: Path,
-    facts: Facts,
-    work: Work,
-    *,
-    method: Method | None = None,
-    batch_size: int = 1,
-    overwrite: bool = False,
-    loading: float = 0.0,
-    command: Mapping[str, Any] | None = None,
-    tell: Callable[[Dataset, int], None] = lambda dataset, done: None,
-) -> Iterator[Done]:
-    """Answers datasets that are not done yet, and yields each when its result is there.
+@dataclass(frozen=True)
+class Run:
+    """How datasets are answered, and where results are written.
 
-    Args:
+    Attributes:
         folder: of the run; results are in `folder / dataset`.
-        facts: of the engine that answers; `work`: answers blocks of rows with it; `method`: selects for it.
+        facts: of the engine that answers.
+        work: answers blocks of rows with it.
+        method: selects for it; None: the engine selects.
         batch_size: rows that are answered together.
         overwrite: begin again, also where there is a result.
         loading: seconds that opening the engine took.
         command: of the user, for `run.json`.
         tell: called with a dataset and the number of its rows that are done.
+    """
+
+    folder: Path
+    facts: Facts
+    work: Work
+    method: Method | None = None
+    batch_size: int = 1
+    overwrite: bool = False
+    loading: float = 0.0
+    command: Mapping[str, Any] = field(default_factory=dict)
+    tell: Callable[[Dataset, int], None] = lambda dataset, done: None
+
+    @property
+    def starts_fresh(self) -> bool:
+        """Whether no row of an unfinished result is used; one that depends on those before it cannot be continued."""
+        return self.overwrite or self.facts.order is not None
+
+
+def answer_datasets(datasets: Sequence[Dataset], run: Run) -> Iterator[Done]:
+    """Answers datasets that are not done yet, and yields each when its result is there.
 
     Raises:
         UsageError: a result or an unfinished one is another run's, before anything is answered; or, before its own
             rows are, another process works on it.
+        DataError: the method is `target`, and a dataset has no adapter, before anything is answered.
         LoGoError: the first rows (a whole batch, at least two) are refused for the same reason, which is not that no
             adapter is made for them.
         StorageError: a result cannot be written.
     """
-    plans = []
-    # Rows that depend on those before them cannot be continued in the middle.
-    fresh = overwrite or facts.order is not None
-    for dataset in datasets:
-        identity = {**facts.identity, **dataset_identity(dataset, method)}
-        # Another metric judges the answers anew.
+    if run.method is not None and run.method.needs == "target":
+        for dataset in datasets:
+            target_adapters(task_of(dataset), list(run.facts.identity["pool"]))
+    plans = [_Plan.of(dataset, run) for dataset in datasets]
+    for plan in plans:
+        if not (plan.was_done or run.overwrite):
+            check_begun(plan.folder, plan.begun)
+        load(plan.dataset.metric)
+    for plan in plans:
+        skipped = plan.was_done or not _answered(plan, run)
+        changes = differences(run.facts.environment, read_run(plan.folder)["environment"]) if skipped else []
+        note = ", ".join(f"{name} {was} (now {now})" for name, now, was in changes)
+        yield Done(plan.dataset.name, plan.folder, skipped, note)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done for one dataset.
+
+    Attributes:
+        folder: of its result.
+        identity: what the result depends on.
+        begun: what an unfinished result depends on: the environment, too, and not the metric, by which answers that
+            are there are judged anew.
+        was_done: whether the result is there.
+    """
+
+    dataset: Dataset
+    folder: Path
+    identity: Mapping[str, Any]
+    begun: Mapping[str, Any]
+    was_done: bool = False
+
+    @classmethod
+    def of(cls, dataset: Dataset, run: Run) -> _Plan:
+        """The plan for a dataset."""
+        identity = {**run.facts.identity, **dataset_identity(dataset, run.method)}
         begun = {name: value for name, value in identity.items() if name not in ("metric", "metric_plugin")}
-        begun["environment"] = dict(facts.environment)
-        stands = None if overwrite else functools.partial(is_done, folder / dataset.name, identity, begun)
-        done = stands is not None and stands()
-        if not (done or overwrite):
-            check_begun(folder / dataset.name, begun)
-        plans.append((dataset, identity, begun, stands, done))
-        load(dataset.metric)
-    for dataset, identity, begun, stands, done in plans:
-        place = folder / dataset.name
-        if not done:
-            started = datetime.now(timezone.utc)
-            # Another run may have finished or begun it while those before it were answered.
-            with closing(Partial(place, begun, fresh=fresh, stands=stands)) as partial:
-                done = partial.done
-                if not done:
-                    for index, one in partial.records.items():
-                        answer, gold = one["prediction"], dataset.rows[index].completion
-                        one["value"] = judge(dataset.metric, answer, gold, failed=bool(one["error"]))
-                    found_out = _answer(dataset, partial, work, batch_size, tell)
-                    records = [partial.records[index] for index in range(len(dataset.rows))]
-                    about = {
-                        **{"date": started.isoformat(timespec="seconds"), "device": facts.device},
-                        **{"command": dict(command or {}), "settings": dict(facts.settings), "identity": identity},
-                        **{"environment": dict(facts.environment), "versions": versions()},
-                        "found_out": dict(found_out),
-                    }
-                    partial.finish(_files(dataset, records, facts, loading, about))
-        other = differences(facts.environment, read_run(place)["environment"]) if done else []
-        yield Done(dataset.name, place, done, ", ".join(f"{name} {there} (now {here})" for name, here, there in other))
+        begun["environment"] = dict(run.facts.environment)
+        plan = cls(dataset, run.folder / dataset.name, identity, begun)
+        return plan if run.overwrite else replace(plan, was_done=plan.is_done())
+
+    def is_done(self) -> bool:
+        """Whether the result is there by now; errors as `results.is_done`."""
+        return is_done(self.folder, self.identity, self.begun)
 
 
-def _files(
-    dataset: Dataset, records: Sequence[dict[str, Any]], facts: Facts, loading: float, about: Mapping[str, Any]
-) -> dict[str, object]:
-    """The files of a result: the official ones, and `run.json`, with what is known `about` the run."""
-    scored = {name for one in records for name in one["scores"]}
-    columns = [name for name in facts.identity["pool"] if name in scored]
-    values, golds = [one["value"] for one in records], [row.golds for row in dataset.rows]
-    more = extra(dataset.metric, [one["prediction"] for one in records], golds)
-    run = {
-        "duration": sum(one["seconds"]["inference"] for one in records),
+def _answered(plan: _Plan, run: Run) -> bool:
+    """Answers the rows of a dataset and writes its result; False if another process has done it meanwhile."""
+    dataset = plan.dataset
+    started = datetime.now(timezone.utc)
+    stands = None if run.overwrite else plan.is_done
+    with closing(Partial(plan.folder, plan.begun, fresh=run.starts_fresh, stands=stands)) as partial:
+        if partial.done:
+            return False
+        for index, record in partial.records.items():
+            gold = dataset.rows[index].completion
+            record["value"] = judge(dataset.metric, record["prediction"], gold, failed=bool(record["error"]))
+        found_out = _answer_missing(dataset, partial, run)
+        records = [partial.records[index] for index in range(len(dataset.rows))]
+        adapters = {name for record in records for name in record["scores"]}
+        columns = [name for name in run.facts.identity["pool"] if name in adapters]
+        about = {
+            "date": started.isoformat(timespec="seconds"),
+            "device": run.facts.device,
+            "command": dict(run.command),
+            "settings": dict(run.facts.settings),
+            "identity": dict(plan.identity),
+            "environment": dict(run.facts.environment),
+            "versions": versions(),
+            "found_out": dict(found_out),
+            "score_columns": columns,
+        }
+        files = official_files(records, run.facts.signal, run.loading, columns)
+        partial.finish({**files, RUN: {**_scored(dataset, records), **about}})
+    return True
+
+
+def _scored(dataset: Dataset, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `run.json` says of the answers: seconds, dataset, metric and scores."""
+    measured = by_measure(dataset.metric, [record["value"] for record in records])
+    scale = scale_of(dataset.metric)
+    predictions = [record["prediction"] for record in records]
+    more = extra(dataset.metric, predictions, [row.golds for row in dataset.rows])
+    return {
+        "duration": sum(record["seconds"]["inference"] for record in records),
         "dataset": {"name": dataset.name, "file": str(dataset.file), "rows": len(dataset.rows)},
         "metric": dataset.metric,
-        "scores": {**scores(by_measure(dataset.metric, values)), "extra": more},
-        **about,
-        "score_columns": columns,
+        "scale": scale,
+        "scores": {**means(measured, scale), "extra": more},
     }
-    return {**official_files(records, facts.signal, loading, columns), RUN: run}
 
 
-def _answer(
-    dataset: Dataset, partial: Partial, work: Work, batch_size: int, tell: Callable[[Dataset, int], None]
-) -> Mapping[str, Any]:
+def _answer_missing(dataset: Dataset, partial: Partial, run: Run) -> Mapping[str, Any]:
     """Answers the missing rows; returns what the method found out about the dataset."""
-    held: list[dict[str, Any]] = []  # until a row has an answer: the run may fail in all of them
-    first = set(range(max(2, min(batch_size, len(dataset.rows)))))  # workers answer in any order
+    waiting: list[dict[str, Any]] = []  # until a row has an answer: the run may fail in all of them
+    first_rows = set(range(max(2, min(run.batch_size, len(dataset.rows)))))  # workers answer in any order
     found_out: Mapping[str, Any] = {}
-    tell(dataset, len(partial.records))
-    # If all rows were answered before, the method is asked for none, to find it out again.
-    missing = blocks(dataset, partial.records, batch_size) if len(partial.records) < len(dataset.rows) else [range(0)]
-    for _, (records, found) in work((dataset, block) for block in missing):
-        held, found_out = [*held, *records], found
-        same = len({one["error"] for one in held}) == 1 and held[0]["error"] is not None
-        if same and not partial.records and held[0].get("confidence") is None:  # it has one where no adapter fits
-            if {one["index"] for one in held} >= first:
-                raise LoGoError(f"dataset {dataset.name!r}: {held[0]['error']}")
-            if len(held) < len(dataset.rows):
+    run.tell(dataset, len(partial.records))
+    missing: Iterable[range] = blocks(dataset, partial.records, run.batch_size)
+    if len(partial.records) == len(dataset.rows):
+        missing = [range(0)]  # the method is asked for no row, to find out again what it knows
+    for _, (records, record_of_method) in run.work((dataset, block) for block in missing):
+        found_out = record_of_method
+        waiting += records
+        if not partial.records and _is_refused(waiting):
+            if {record["index"] for record in waiting} >= first_rows:
+                raise LoGoError(f"dataset {dataset.name!r}: {waiting[0]['error']}")
+            if len(waiting) < len(dataset.rows):
                 continue
-        partial.add(held)
-        held = []
-        tell(dataset, len(partial.records))
+        partial.add(waiting)
+        waiting = []
+        run.tell(dataset, len(partial.records))
     return found_out
 
 
-def blocks(dataset: Dataset, known: Mapping[int, object], size: int) -> Iterator[range]:
-    """The rows of a dataset that are not known, in blocks of at most `size`, cut where a run without known rows cuts
-    them."""
+def _is_refused(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all rows are refused for the same reason; where it is that no adapter fits, they have a confidence."""
+    errors = {record["error"] for record in records}
+    return len(errors) == 1 and None not in errors and records[0].get("confidence") is None
+
+
+def blocks(dataset: Dataset, answered: Mapping[int, object], size: int) -> Iterator[range]:
+    """The rows of a dataset that are not answered, in blocks of at most `size`, cut where a run without answered rows
+    cuts them."""
     for start in range(0, len(dataset.rows), size):
-        missing = [index for index in range(start, min(start + size, len(dataset.rows))) if index not in known]
-        while missing:
-            end = next((n for n, index in enumerate(missing) if index != missing[0] + n), len(missing))
-            yield range(missing[0], missing[0] + end)
-            missing = missing[end:]
+        first = start
+        end = min(start + size, len(dataset.rows))
+        for index in range(start, end + 1):
+            if index == end or index in answered:
+                if first < index:
+                    yield range(first, index)
+                first = index + 1
 
 
 def warn_of_copies(dataset: Dataset, method: Method | None) -> None:
@@ -176,7 +231,8 @@ def warn_of_copies(dataset: Dataset, method: Method | None) -> None:
     if method is None or method.needs != "train":
         return
     tested = {row.context for row in dataset.rows}
-    if shared := sum(row.context in tested for row in dataset.train):
+    shared = sum(row.context in tested for row in dataset.train)
+    if shared:
         warnings.warn(
             f"dataset {dataset.name!r}: {shared} of {len(dataset.train)} training rows are test rows too, and method "
             f"{method.name!r} chose by them: the result may be too good",

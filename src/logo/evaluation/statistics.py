@@ -1,9 +1,11 @@
 """Intervals of means, and comparisons of two runs on the same rows, with scipy.
 
-An interval of 95 % is Wilson's where each row is right or wrong, so that it stays within [0, 1] and always has a width;
-otherwise it is percentiles of a bootstrap over rows, which fewer than `FEWEST` rows do not have. It says how much a
-mean would vary with other rows of the same datasets; that of a mean over datasets comes from the datasets' squared
-distances (MOVER; Zou and Donner 2008). scipy is imported at the first use.
+What is computed follows the scale that a metric declares (`logo.evaluation.metrics.Scale`), and not the values that it
+happened to give. An interval of 95 % is Wilson's for a binary metric, so that it stays within [0, 1] and always has a
+width; for a graded one it is percentiles of a bootstrap over rows, which fewer than `FEWEST` rows do not have, nor rows
+that are all worth the same. It says how much a mean would vary with other rows of the same datasets; that of a mean
+over datasets comes from the datasets' squared distances (MOVER; Zou and Donner 2008). scipy is imported at the first
+use.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logo.evaluation.metrics import Scale
+
 LEVEL, ALPHA = 0.95, 0.05
 DRAWS, SWAPS = 1_000, 9_999  # 10,000 swaps with the observed one
 FEWEST = 10  # rows; percentiles of fewer are far too close together
@@ -25,20 +29,16 @@ Values = NDArray[np.float64]
 Interval = tuple[float, float]
 
 
-def is_right_or_wrong(values: Values) -> bool:
-    """Whether each row is worth 0 or 1."""
-    return bool(np.isin(values, (0.0, 1.0)).all())
-
-
-def interval(values: Sequence[float] | Values, seed: int = 0) -> Interval | None:
-    """The interval of the mean of values (rows,); None: there are too few, or all are equal."""
+def interval(values: Sequence[float] | Values, scale: Scale, seed: int = 0) -> Interval | None:
+    """The interval of the mean of values (rows,) of a metric of this scale; None: there are none, or of graded ones too
+    few, or all are equal."""
     from scipy.stats import binomtest
 
-    found = np.asarray(values, dtype=np.float64)
-    if len(found) and is_right_or_wrong(found):
-        ends = binomtest(int(found.sum()), len(found)).proportion_ci(LEVEL, "wilson")
-        return float(ends.low), float(ends.high)
-    return _drawn(found, seed)
+    rows = np.asarray(values, dtype=np.float64)
+    if scale == "graded" or not len(rows):
+        return _drawn(rows, seed)
+    ends = binomtest(int(rows.sum()), len(rows)).proportion_ci(LEVEL, "wilson")
+    return float(ends.low), float(ends.high)
 
 
 def over_tasks(values: Sequence[float] | Values, seed: int = 0) -> Interval | None:
@@ -51,19 +51,20 @@ def _drawn(values: Values, seed: int) -> Interval | None:
 
     if len(values) < FEWEST or np.ptp(values) == 0:
         return None
-    how: dict[str, Any] = {"n_resamples": DRAWS, "method": "percentile", "batch": max(1, _BATCH // len(values))}
-    found = bootstrap((values,), np.mean, confidence_level=LEVEL, rng=np.random.default_rng(seed), **how)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    draws: dict[str, Any] = {"n_resamples": DRAWS, "method": "percentile", "batch": max(1, _BATCH // len(values))}
+    drawn = bootstrap((values,), np.mean, confidence_level=LEVEL, rng=np.random.default_rng(seed), **draws)
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def of_mean(values: Sequence[float], intervals: Sequence[Interval | None]) -> Interval | None:
     """The interval of the mean of some datasets' values, from theirs; None if one of them has none."""
-    known = [one for one in intervals if one is not None]
-    if not known or len(known) < len(values):
+    ends = [interval for interval in intervals if interval is not None]
+    if not ends or len(ends) < len(values):
         return None
-    middle, ends = np.array(values), np.array(known)
-    reach = np.sqrt(((ends - middle[:, None]) ** 2).sum(axis=0)) / len(values)
-    return float(middle.mean() - reach[0]), float(middle.mean() + reach[1])
+    distances = np.array(ends) - np.array(values)[:, None]  # (datasets, 2)
+    below, above = np.sqrt((distances**2).sum(axis=0)) / len(values)
+    mean = np.mean(values)
+    return float(mean - below), float(mean + above)
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,11 @@ class Paired:
         return self.p_holm < ALPHA
 
 
-def paired(datasets: Sequence[tuple[Values, Values]], seed: int = 0) -> Paired:
-    """Compares two runs, given as their values (rows,) of each dataset.
+def paired(datasets: Sequence[tuple[Values, Values]], scale: Scale, seed: int = 0) -> Paired:
+    """Compares two runs, given as their values (rows,) of each dataset by a metric of this scale.
 
-    The test is McNemar's exact one if the rows of a single dataset are right or wrong, else approximate randomisation:
-    the share of 10,000 swaps of both runs' values of each row whose difference is at least as large as the one found.
+    The test is McNemar's exact one for a single dataset and a binary metric, else approximate randomisation: the share
+    of 10,000 swaps of both runs' values of each row whose difference is at least as large as the one found.
 
     Raises:
         ValueError: no datasets, or unequal numbers of rows.
@@ -114,18 +115,28 @@ def paired(datasets: Sequence[tuple[Values, Values]], seed: int = 0) -> Paired:
     if not datasets or any(a.shape != b.shape or not len(a) for a, b in datasets):
         raise ValueError("paired runs: expected one dataset or more, and the same rows of each in both runs")
     gaps = [np.where(np.isclose(a, b, rtol=1e-9, atol=0.0), 0.0, b - a) for a, b in datasets]
-    means = [float(np.mean([one.mean() for one in side])) for side in zip(*datasets, strict=True)]
-    better, worse = (sum(int((sign * gap > 0).sum()) for gap in gaps) for sign in (1, -1))
-    ends = [_of_gaps(gap, a, b, seed + n) for n, (gap, (a, b)) in enumerate(zip(gaps, datasets, strict=True))]
-    around = ends[0] if len(ends) == 1 else of_mean([float(gap.mean()) for gap in gaps], ends)
-    exact = len(gaps) == 1 and all(map(is_right_or_wrong, datasets[0]))
-    # Each row counts by its dataset's size: the difference is a mean over datasets.
-    weighted = np.concatenate([gap / len(gap) for gap in gaps])
-    if exact:
+    better = sum(int((gap > 0).sum()) for gap in gaps)
+    worse = sum(int((gap < 0).sum()) for gap in gaps)
+    intervals = [_of_gaps(gap, scale, seed + number) for number, gap in enumerate(gaps)]
+    mean_gaps = [float(gap.mean()) for gap in gaps]
+    if scale == "binary" and len(gaps) == 1:
+        test = MCNEMAR
         p = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
     else:
+        test = RANDOMISED
+        # Each row counts by its dataset's size: the difference is a mean over datasets.
+        weighted = np.concatenate([gap / len(gap) for gap in gaps])
         p = _swapped(weighted[weighted != 0], seed)
-    return Paired(sum(map(len, gaps)), means[0], means[1], around, better, worse, MCNEMAR if exact else RANDOMISED, p)
+    return Paired(
+        rows=sum(map(len, gaps)),
+        a=float(np.mean([a.mean() for a, _ in datasets])),
+        b=float(np.mean([b.mean() for _, b in datasets])),
+        interval=intervals[0] if len(intervals) == 1 else of_mean(mean_gaps, intervals),
+        better=better,
+        worse=worse,
+        test=test,
+        p=p,
+    )
 
 
 def _swapped(gaps: Values, seed: int) -> float:
@@ -137,31 +148,34 @@ def _swapped(gaps: Values, seed: int) -> float:
         for gap in gaps:
             sums = np.concatenate([sums + gap, sums - gap])
         return float(np.mean(np.abs(sums) >= least))
-    random, far, size = np.random.default_rng(seed), 1, _BATCH // len(gaps) + 1  # 1: the one that was found
-    for start in range(0, SWAPS, size):
-        signs = random.integers(0, 2, (min(size, SWAPS - start), len(gaps)), dtype=np.int8)
-        far += int((np.abs(gaps.sum() - 2 * (signs @ gaps)) >= least).sum())
-    return far / (SWAPS + 1)
+    random = np.random.default_rng(seed)
+    as_far = 1  # the one that was found
+    swaps_at_once = _BATCH // len(gaps) + 1
+    for start in range(0, SWAPS, swaps_at_once):
+        signs = random.integers(0, 2, (min(swaps_at_once, SWAPS - start), len(gaps)), dtype=np.int8)
+        as_far += int((np.abs(gaps.sum() - 2 * (signs @ gaps)) >= least).sum())
+    return as_far / (SWAPS + 1)
 
 
 def holm(p: Sequence[float]) -> list[float]:
     """P-values corrected by Holm's method: the chance that any of those below a limit is a false positive is at most
     that limit."""
     order = np.argsort(p, kind="stable")
-    found = np.empty(len(p))
-    found[order] = np.minimum(np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1)), 1.0)
-    return [float(value) for value in found]
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1)), 1.0)
+    return [float(value) for value in corrected]
 
 
-def _of_gaps(gap: Values, a: Values, b: Values, seed: int) -> Interval | None:
-    """The interval of the mean of differences; where rows are right or wrong, that of Bonett and Price (2012), who add
-    one better and one worse row."""
-    if not (is_right_or_wrong(a) and is_right_or_wrong(b)):
+def _of_gaps(gap: Values, scale: Scale, seed: int) -> Interval | None:
+    """The interval of the mean of differences (rows,); of a binary metric, that of Bonett and Price (2012), who add one
+    better and one worse row."""
+    if scale == "graded":
         return _drawn(gap, seed)
     from scipy.stats import norm
 
     count = len(gap) + 2
-    won, lost = (((sign * gap > 0).sum() + 1) / count for sign in (1, -1))
+    won = ((gap > 0).sum() + 1) / count
+    lost = ((gap < 0).sum() + 1) / count
     reach = norm.ppf((1 + LEVEL) / 2) * np.sqrt((won + lost - (won - lost) ** 2) / count)
     return max(-1.0, float(won - lost - reach)), min(1.0, float(won - lost + reach))
 
@@ -176,14 +190,16 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
 def calibration_error(confidence: Sequence[float], truth: Sequence[bool], bins: int = 10) -> float:
     """The expected calibration error (Naeini et al. 2015) of confidences in [0, 1], in which rows of both kinds count
     half: the mean distance between confidence and share of true rows, over bins."""
-    values, true = np.array(confidence), np.array(truth)
+    values = np.array(confidence)
+    true = np.array(truth)
     weights = np.where(true, 0.5 / max(1, true.sum()), 0.5 / max(1, (~true).sum()))
     places = np.minimum((values * bins).astype(int), bins - 1)
     return float(sum(abs((weights * (values - true))[places == place].sum()) for place in range(bins)))
 
 
-def scores(measures: Mapping[str, Sequence[float]], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """The mean of each measure's values and its interval, as JSON."""
+def means(measures: Mapping[str, Sequence[float]], scale: Scale, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """The mean of each measure's values, which are of this scale, and its interval, as JSON."""
     return {
-        name: {"value": float(np.mean(values)), "interval": interval(values, seed)} for name, values in measures.items()
+        name: {"value": float(np.mean(values)), "interval": interval(values, scale, seed)}
+        for name, values in measures.items()
     }

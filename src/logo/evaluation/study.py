@@ -29,18 +29,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from logo.adapters.peft import RECORD
 from logo.baselines.method import Method, Prepared
-from logo.errors import DataError, UsageError, closest
-from logo.evaluation.answer import Answerer, Facts, dataset_identity, front_of, task_of
+from logo.errors import DataError, LoGoError, UsageError, closest, listed
+from logo.evaluation.answer import (
+    Answerer,
+    Facts,
+    cuts_told_by_row,
+    dataset_identity,
+    front_of,
+    read_quietly,
+    task_of,
+)
 from logo.evaluation.metrics import answer_in, by_measure, measure, measures
 from logo.evaluation.results import ROWS, RUN, Partial, differences, is_done, read_run
 from logo.evaluation.run import warn_of_copies
 from logo.evaluation.statistics import DRAWS, FEWEST, auroc, calibration_error, over_tasks
-from logo.rows import Row
+from logo.rows import Row, read_rows
 from logo.scoring import encoded
 from logo.selection.selector import UNSURE
 
 if TYPE_CHECKING:
+    from logo.adapters.adapter import Adapter
     from logo.core import Selection
     from logo.evaluation.datasets import Dataset
 
@@ -48,7 +58,6 @@ IN_POOL, REMOVED, OUT_OF_POOL = "in-pool", "removed", "out-of-pool"
 PROTOCOLS = (IN_POOL, REMOVED, OUT_OF_POOL)
 ALWAYS = ("target", "uniform", "base")  # methods that every study of gold texts has
 SIGNALS = ("calibrated", "norm", "entropy")
-Mixture = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,27 @@ class Contest:
 
     def of(self, task: str, names: Sequence[str]) -> tuple[str, ...]:
         """The protocols of a task's rows, with a pool of these adapters."""
-        mine = (IN_POOL, *((REMOVED,) if len(names) > 1 else ())) if task in names else (OUT_OF_POOL,)
-        return tuple(one for one in mine if one in self.protocols)
+        protocols = [OUT_OF_POOL]
+        if task in names:
+            protocols = [IN_POOL, REMOVED] if len(names) > 1 else [IN_POOL]
+        return tuple(protocol for protocol in protocols if protocol in self.protocols)
 
     def as_dict(self) -> dict[str, Any]:
         """The contest as JSON."""
         methods = {label: method.as_dict() for label, method in self.methods.items()}
         return {**vars(self), "methods": methods}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A protocol for the rows of a task, and the adapters that may be selected there; None: all of the pool."""
+
+    task: Dataset
+    protocol: str
+    candidates: tuple[str, ...] | None
+
+
+MixtureKey = tuple[tuple[str, float], ...]  # names and weights
 
 
 class Measurer:
@@ -94,10 +117,12 @@ class Measurer:
     """
 
     def __init__(self, answerer: Answerer, contest: Contest) -> None:
-        self._answerer, self.contest, self._logo = answerer, contest, answerer.logo
+        self.contest = contest
+        self._answerer = answerer
+        self._logo = answerer.logo
         self._methods = {name: Method(name) for name in ALWAYS} | dict(contest.methods)
         # Prompts are selected for as they are scored and answered: not cut for a longer answer.
-        self._room = {"max_new_tokens": contest.new_tokens or 1}
+        self._new_tokens = contest.new_tokens or 1
         self._prepared: dict[tuple[str, str, str], Prepared] = {}  # by method, task and protocol
 
     @cached_property
@@ -114,35 +139,44 @@ class Measurer:
 
     def measure(self, task: Dataset, index: int) -> dict[str, Any]:
         """The record of a row of a task that `check` takes."""
-        row, names, arms = task.rows[index], self._logo.names, list[dict[str, Any]]()
+        row = task.rows[index]
+        [prompt] = read_quietly(self._logo, [row.prompt], self._new_tokens)
+        arms: list[dict[str, Any]] = []
         seconds: dict[str, float] = {}
-        for protocol in self.contest.of(task.name, names):
-            among = [name for name in names if name != task.name] if protocol == REMOVED else None
-            for label in self._labels(protocol, row):
-                select = self._selecting(label, protocol, task, among)
+        for trial in self._trials(task):
+            for label in self._labels(trial.protocol, row):
+                select = self._selecting(label, trial)
                 began = time.perf_counter()
-                chosen = select(row.prompt)
+                with cuts_told_by_row():
+                    selection = select(row.prompt)
                 seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - began
-                if among is not None and (others := [name for name in chosen.adapters if name not in among]):
-                    found = f"method {label!r} chose {others[0]!r}"
-                    raise UsageError(f"{found}: use task.candidates(logo), which leaves it out")
-                arm: dict[str, Any] = {"protocol": protocol, "arm": label, "selected": list(chosen.adapters)}
-                arm |= {"weights": list(chosen.weights), "confidence": chosen.confidence}
-                if chosen.scores:
-                    arm["first"] = max(chosen.scores, key=chosen.scores.__getitem__)
-                    arm["rank"] = rank(chosen.scores, task.name) if protocol == IN_POOL else None
-                arms.append(arm)
+                arms.append(_arm(label, trial, selection))
         if row.completion:
-            self._judge(arms, task, row)
-        return {"task": task.name, "row": index, "prompt": row.prompt, "arms": arms, "seconds": seconds}
+            with cuts_told_by_row():
+                self._judge(arms, task, row)
+        record = {"task": task.name, "row": index, "prompt": row.prompt, "cut": prompt.cut}
+        return {**record, "arms": arms, "seconds": seconds}
+
+    def asked(self, tasks: Sequence[Dataset]) -> list[Dataset]:
+        """The tasks that a protocol asks for; UsageError if there are none."""
+        names = self._logo.names
+        asked = [task for task in tasks if self.contest.of(task.name, names)]
+        if not asked:
+            in_pool = sum(task.name in names for task in tasks)
+            raise UsageError(
+                f"protocols {', '.join(self.contest.protocols)}: they ask for none of these rows: {in_pool} of "
+                f"{len(tasks)} tasks have an adapter of their name"
+            )
+        return asked
 
     def check(self, task: Dataset) -> None:
         """Raises DataError, which names the file and the line, for a gold text that cannot be scored, and for a row
         whose target adapter is another one of the pool than that of the file's name."""
         for number, row in enumerate(task.rows, start=1):
             if row.adapter not in (None, task.name) and row.adapter in self._logo.names:
-                found = f"expected a row of the adapter that the file is named after, found one of {row.adapter!r}"
-                raise DataError(f"{task.file}:{number}: {found}; put it into {row.adapter}.jsonl")
+                expected = "expected a row of the adapter that the file is named after"
+                found = f"found one of {row.adapter!r}; put it into {row.adapter}.jsonl"
+                raise DataError(f"{task.file}:{number}: {expected}, {found}")
             if row.completion:
                 try:
                     for gold in row.golds:
@@ -150,50 +184,105 @@ class Measurer:
                 except UsageError as error:
                     raise DataError(f"{task.file}:{number}: {error}") from error
 
+    def warn_of_known_prompts(self, tasks: Sequence[Dataset]) -> None:
+        """Warns of rows whose prompts adapters of the pool have as example prompts, or were trained on."""
+        pool = [self._logo.pool[name] for name in self._logo.names]
+        prompts = [row.context for task in tasks for row in task.rows]
+        for kind, prompts_of in (("example prompts", _example_prompts), ("training rows", _training_prompts)):
+            counts = {adapter.name: sum(map(prompts_of(adapter).__contains__, prompts)) for adapter in pool}
+            counts = {name: count for name, count in counts.items() if count}
+            if counts:
+                of_adapters = listed([f"{count} of {name}" for name, count in counts.items()], 10)
+                warnings.warn(
+                    f"{sum(counts.values())} rows are {kind} of adapters in the pool ({of_adapters}): these are found "
+                    "more easily for them than for other prompts",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+    def _trials(self, task: Dataset) -> list[Trial]:
+        """The protocols of a task's rows."""
+        names = self._logo.names
+        others = tuple(name for name in names if name != task.name)
+        return [
+            Trial(task, protocol, others if protocol == REMOVED else None)
+            for protocol in self.contest.of(task.name, names)
+        ]
+
     def _labels(self, protocol: str, row: Row) -> list[str]:
         """What selects for a row: without a gold text, only what looks at the prompt is of interest."""
         methods = [*self._methods] if row.completion else [*self.contest.methods]
         return [*self.contest.signals, *(name for name in methods if name != "target" or protocol == IN_POOL)]
 
-    def _selecting(
-        self, label: str, protocol: str, task: Dataset, among: Sequence[str] | None
-    ) -> Callable[[Any], Selection]:
+    def _selecting(self, label: str, trial: Trial) -> Callable[[Any], Selection]:
         """Selects for a prompt of a task; a method is prepared before its first one."""
+        own = functools.partial(self._logo.select, candidates=trial.candidates, max_new_tokens=self._new_tokens)
         if label in self.contest.signals:
-            return functools.partial(self._logo.select, signal=label, candidates=among, **self._room)
-        key = label, task.name, protocol
+            return functools.partial(own, signal=label)
+        select = self._prepared_for(label, trial).select
+        return own if select is None else lambda prompt: select([prompt], 1)[0]
+
+    def _prepared_for(self, label: str, trial: Trial) -> Prepared:
+        """A method that knows the task."""
+        key = label, trial.task.name, trial.protocol
         if key not in self._prepared:
-            unnamed = replace(task_of(task, among or ()), targets=(None,) * len(task.rows))
+            unnamed = replace(task_of(trial.task, trial.candidates or ()), targets=(None,) * len(trial.task.rows))
             self._prepared[key] = self._methods[label].prepare(self._logo, unnamed)
             if self._prepared[key].engine is not None:
                 raise UsageError(f"method {label!r} answers with a model of its own: compare it by `logo eval run`")
-        select = self._prepared[key].select
-        if select is None:
-            return functools.partial(self._logo.select, candidates=among, **self._room)
-        return lambda prompt: select([prompt], 1)[0]
+        return self._prepared[key]
 
     def _judge(self, arms: Sequence[dict[str, Any]], task: Dataset, row: Row) -> None:
         """Scores every arm, and generates its answer if asked; equal mixtures share one. Of several gold texts, any
         may be matched exactly, and the likeliest gives the negative log-likelihood."""
-        mixtures = {tuple(zip(arm["selected"], arm["weights"], strict=True)): arm for arm in arms}
-        keys = list(mixtures)
-        each = [self._logo.score(row.prompt, gold, [dict(key) for key in keys]) for gold in row.golds]
-        scored = dict(zip(keys, zip(*each, strict=True), strict=True))
-        texts: dict[Any, str] = {}
-        if self.contest.new_tokens is not None:
-            front = front_of(self._logo, row)
-            lines = row.whole or "\n" in front
-            how: dict[str, Any] = {"max_new_tokens": self.contest.new_tokens, "stop_at_newline": not lines}
-            made = self._logo.generate([row.prompt] * len(keys), adapters=[dict(key) for key in keys], **how)
-            texts = {key: answer_in(one.text, row.whole, front) for key, one in zip(keys, made, strict=True)}
+        mixtures = list(dict.fromkeys(_mixture(arm) for arm in arms))
+        scores_of_golds = [self._logo.score(row.prompt, gold, [dict(key) for key in mixtures]) for gold in row.golds]
+        scores = dict(zip(mixtures, zip(*scores_of_golds, strict=True), strict=True))
+        answers = {} if self.contest.new_tokens is None else self._answers(row, mixtures)
         for arm in arms:
-            key = tuple(zip(arm["selected"], arm["weights"], strict=True))
-            arm["exact_match"] = float(any(one.exact_match for one in scored[key]))
-            arm["nll"] = min(one.nll for one in scored[key])
-            if texts:
-                value = measure(task.metric, texts[key], row.completion)
+            mixture = _mixture(arm)
+            arm["exact_match"] = float(any(score.exact_match for score in scores[mixture]))
+            arm["nll"] = min(score.nll for score in scores[mixture])
+            if answers:
+                value = measure(task.metric, answers[mixture], row.completion)
                 [score] = by_measure(task.metric, [value])[measures(task.metric)[-1]]
-                arm |= {"prediction": texts[key], "score": score}
+                arm |= {"prediction": answers[mixture], "score": score}
+
+    def _answers(self, row: Row, mixtures: Sequence[MixtureKey]) -> dict[MixtureKey, str]:
+        """The answer to a row under each mixture."""
+        front = front_of(self._logo, row)
+        generations = self._logo.generate(
+            [row.prompt] * len(mixtures),
+            adapters=[dict(key) for key in mixtures],
+            max_new_tokens=self._new_tokens,
+            stop_at_newline=not (row.whole or "\n" in front),
+        )
+        texts = [answer_in(generation.text, row.whole, front) for generation in generations]
+        return dict(zip(mixtures, texts, strict=True))
+
+
+def _mixture(arm: Mapping[str, Any]) -> MixtureKey:
+    """What an arm has selected."""
+    return tuple(zip(arm["selected"], arm["weights"], strict=True))
+
+
+def _arm(label: str, trial: Trial, selection: Selection) -> dict[str, Any]:
+    """What a record says of a selection; UsageError for one of adapters that may not be selected."""
+    if trial.candidates is not None:
+        forbidden = [name for name in selection.adapters if name not in trial.candidates]
+        if forbidden:
+            raise UsageError(f"method {label!r} chose {forbidden[0]!r}: use task.candidates(logo), which leaves it out")
+    arm: dict[str, Any] = {
+        "protocol": trial.protocol,
+        "arm": label,
+        "selected": list(selection.adapters),
+        "weights": list(selection.weights),
+        "confidence": selection.confidence,
+    }
+    if selection.scores:
+        arm["first"] = max(selection.scores, key=selection.scores.__getitem__)
+        arm["rank"] = rank(selection.scores, trial.task.name) if trial.protocol == IN_POOL else None
+    return arm
 
 
 def rank(scores: Mapping[str, float], target: str) -> int | None:
@@ -201,10 +290,34 @@ def rank(scores: Mapping[str, float], target: str) -> int | None:
     return None if target not in scores else sum(score >= scores[target] for score in scores.values())
 
 
+def _example_prompts(adapter: Adapter) -> frozenset[str]:
+    """The example prompts of an adapter."""
+    return frozenset(adapter.examples)
+
+
+def _training_prompts(adapter: Adapter) -> frozenset[str]:
+    """The prompts of the JSON lines that `logo train` has made an adapter from, if they are still there."""
+    import yaml
+
+    try:
+        record = yaml.safe_load((adapter.folder / RECORD).read_text(encoding="utf-8"))
+        rows = read_rows(Path(record["rows"]["file"]), answers=False)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        yaml.YAMLError,
+        LoGoError,
+    ):  # nobody knows what it was made from
+        return frozenset()
+    return frozenset(row.context for row in rows)
+
+
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def study(
+def run_study(
     tasks: Sequence[Dataset],
     folder: Path,
     measurer: Measurer,
@@ -216,56 +329,69 @@ def study(
     """Measures the rows that are not measured yet, writes `run.json` and `rows.jsonl`, and returns the report.
 
     Args:
-        tell: called with a task's name after each of its rows, those that were known included.
+        tell: called with a task's name after each of its rows, those that were measured before included.
 
     Raises:
         UsageError: the study in the folder is another one, or the contest asks for no row.
         DataError: a row cannot be scored (names the file and the line), or a method lacks training rows.
     """
-    facts, contest = measurer.facts, measurer.contest
-    names = list(facts.identity["pool"])
-    asked = [task for task in tasks if contest.of(task.name, names)]
-    if not asked:
-        own = sum(task.name in names for task in tasks)
-        raise UsageError(
-            f"protocols {', '.join(contest.protocols)}: they ask for none of these rows: {own} of {len(tasks)} tasks "
-            "have an adapter of their name"
-        )
-    for task, method in itertools.product(asked, contest.methods.values()):
+    facts = measurer.facts
+    methods = list(measurer.contest.methods.values())
+    asked = measurer.asked(tasks)
+    for task, method in itertools.product(asked, methods):
         warn_of_copies(task, method)
     for task in asked:
         measurer.check(task)
-    learner = next((one for one in contest.methods.values() if one.needs == "train"), None)
+    measurer.warn_of_known_prompts(asked)
+    learner = next((method for method in methods if method.needs == "train"), None)
     identity = {**facts.identity, "tasks": {task.name: dataset_identity(task, learner) for task in asked}}
     begun = {**identity, "environment": dict(facts.environment)}
     stands = None if overwrite else functools.partial(is_done, folder, identity, begun, files=(RUN, ROWS))
-    # The first rows of all tasks come first, so that an unfinished study is a smaller study of all tasks.
-    rows = ((task, row) for task in asked for row in range(len(task.rows)))
-    order = sorted(rows, key=lambda one: (one[1], one[0].name))  # whatever order they are asked for in
     began = datetime.now(timezone.utc)
     with closing(Partial(folder, begun, fresh=overwrite or facts.order is not None, stands=stands)) as partial:
         if partial.done:
-            found = read_run(folder)
-            if other := differences(facts.environment, found["environment"]):
-                said = ", ".join(f"{name} {there} (now {here})" for name, here, there in other)
-                told = f"{folder} was measured under other versions or on another device: {said}"
-                warnings.warn(told, UserWarning, stacklevel=2)
-            report: dict[str, Any] = found["report"]
-            return report
-        for record in partial.records.values():
-            tell(record["task"])
-        for number, (task, row) in enumerate(order):
-            if number not in partial.records:
-                partial.add([{"index": number, **measurer.measure(task, row)}])
-                tell(task.name)
+            return _stored_report(folder, facts)
+        _measure_missing(asked, measurer, partial, tell)
         report = summary(list(partial.records.values()))
-        run = {
-            **{"date": began.isoformat(timespec="seconds"), "device": facts.device, "report": report},
-            **{"command": dict(command or {}), "settings": dict(facts.settings)},
-            **{"identity": identity, "environment": dict(facts.environment)},
+        about = {
+            "date": began.isoformat(timespec="seconds"),
+            "device": facts.device,
+            "report": report,
+            "command": dict(command or {}),
+            "settings": dict(facts.settings),
+            "identity": identity,
+            "environment": dict(facts.environment),
         }
-        partial.finish({RUN: run})
+        partial.finish({RUN: about})
     return report
+
+
+def _stored_report(folder: Path, facts: Facts) -> dict[str, Any]:
+    """The report of a finished study; warns if it was measured in another environment."""
+    about = read_run(folder)
+    different = differences(facts.environment, about["environment"])
+    if different:
+        changes = ", ".join(f"{name} {was} (now {now})" for name, now, was in different)
+        warnings.warn(
+            f"{folder} was measured under other versions or on another device: {changes}", UserWarning, stacklevel=3
+        )
+    report: dict[str, Any] = about["report"]
+    return report
+
+
+def _measure_missing(
+    tasks: Sequence[Dataset], measurer: Measurer, partial: Partial, tell: Callable[[str], None]
+) -> None:
+    """Measures the rows that have no record. The first rows of all tasks come first, so that an unfinished study is a
+    smaller study of all tasks."""
+    rows = [(task, row) for task in tasks for row in range(len(task.rows))]
+    rows.sort(key=lambda place: (place[1], place[0].name))  # whatever order the tasks are asked for in
+    for record in partial.records.values():
+        tell(record["task"])
+    for number, (task, row) in enumerate(rows):
+        if number not in partial.records:
+            partial.add([{"index": number, **measurer.measure(task, row)}])
+            tell(task.name)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -276,50 +402,64 @@ Tasks = dict[str, list[float]]  # task -> a number of each row
 def summary(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     """The report of measured rows, as JSON: `protocols`, with the metrics of each arm; `confidence` by signal; the most
     frequent `confusions`, and those of rows that no adapter fits and that are not unsure (`mistaken`); the median
-    `milliseconds` of a selection by each arm; `tasks` and `rows`.
+    `milliseconds` of a selection by each arm; `tasks`, `rows`, and those whose prompt was `cut`.
 
     A metric's `value` is the mean over tasks of their rows' means, and its 95 % `interval` says how much it would vary
     with other tasks. Metrics are `top1`, `top3` and `mrr` of the target adapter's rank; `exact_match` (teacher-forced)
     and `nll` (nats per token) of gold texts; `score` of generated answers; and `of_target`, the mean of `score`, or
     else of `exact_match`, divided by that of the target adapter alone on the same tasks.
     """
+    columns = _columns(records)
+    quality = "score" if any("score" in metrics for metrics in columns.values()) else "exact_match"
+    of_target = columns.get((IN_POOL, "target"), {}).get(quality, {})
+    protocols: dict[str, dict[str, Any]] = {}
+    for (protocol, arm), metrics in columns.items():
+        numbers = {metric: _mean(tasks, seed) for metric, tasks in metrics.items()}
+        if protocol != OUT_OF_POOL and quality in metrics and of_target:
+            numbers["of_target"] = _ratio(metrics[quality], of_target, seed)
+        protocols.setdefault(protocol, {})[arm] = numbers
+    confidence = {arm: _confidence(columns, arm) for arm in dict.fromkeys(arm for _, arm in columns)}
+    return {
+        "protocols": protocols,
+        "confidence": {arm: numbers for arm, numbers in confidence.items() if numbers is not None},
+        "confusions": confusions(records),
+        "mistaken": confusions(records, (REMOVED, OUT_OF_POOL), UNSURE),
+        "milliseconds": _milliseconds(records),
+        "tasks": len({record["task"] for record in records}),
+        "rows": len(records),
+        "cut": sum(record.get("cut", 0) > 0 for record in records),
+    }
+
+
+def _columns(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Tasks]]:
+    """By protocol and arm, the numbers of each metric."""
     columns: dict[tuple[str, str], dict[str, Tasks]] = {}
+    for record in records:
+        for arm in record["arms"]:
+            metrics = columns.setdefault((arm["protocol"], arm["arm"]), {})
+            for metric, value in _metrics(arm).items():
+                metrics.setdefault(metric, {}).setdefault(record["task"], []).append(value)
+    return columns
+
+
+def _milliseconds(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The median time of a selection by each arm; a record has that of all its selections."""
     times: dict[str, list[float]] = {}
     for record in records:
         selections = Counter(arm["arm"] for arm in record["arms"])
         for name, seconds in record["seconds"].items():
             times.setdefault(name, []).append(1000 * seconds / selections[name])
-        for arm in record["arms"]:
-            own = columns.setdefault((arm["protocol"], arm["arm"]), {})
-            for metric, value in _metrics(arm).items():
-                own.setdefault(metric, {}).setdefault(record["task"], []).append(value)
-    protocols: dict[str, dict[str, Any]] = {}
-    quality = "score" if any("score" in own for own in columns.values()) else "exact_match"
-    target = columns.get((IN_POOL, "target"), {}).get(quality, {})
-    for (protocol, arm), own in columns.items():
-        found = {metric: _mean(tasks, seed) for metric, tasks in own.items()}
-        if protocol != OUT_OF_POOL and quality in own and target:
-            found["of_target"] = _ratio(own[quality], target, seed)
-        protocols.setdefault(protocol, {})[arm] = found
-    signals = dict.fromkeys(arm for _, arm in columns)
-    return {
-        "protocols": protocols,
-        "confidence": {name: said for name in signals if (said := _confidence(columns, name)) is not None},
-        "confusions": confusions(records),
-        "mistaken": confusions(records, (REMOVED, OUT_OF_POOL), UNSURE),
-        "milliseconds": {name: float(np.median(some)) for name, some in times.items()},
-        "tasks": len({record["task"] for record in records}),
-        "rows": len(records),
-    }
+    return {name: float(np.median(milliseconds)) for name, milliseconds in times.items()}
 
 
 def _metrics(arm: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one arm on one row."""
-    found = {name: arm[name] for name in ("exact_match", "nll", "score", "confidence") if arm.get(name) is not None}
+    names = ("exact_match", "nll", "score", "confidence")
+    numbers = {name: arm[name] for name in names if arm.get(name) is not None}
     if arm["protocol"] == IN_POOL and "first" in arm:
         place = arm["rank"] or float("inf")
-        found |= {"top1": float(place <= 1), "top3": float(place <= 3), "mrr": 1 / place}
-    return found
+        numbers |= {"top1": float(place <= 1), "top3": float(place <= 3), "mrr": 1 / place}
+    return numbers
 
 
 def _mean(tasks: Tasks, seed: int) -> dict[str, Any]:
@@ -330,32 +470,39 @@ def _mean(tasks: Tasks, seed: int) -> dict[str, Any]:
 def _ratio(tasks: Tasks, target: Tasks, seed: int) -> dict[str, Any]:
     """The ratio of two means over the same tasks, whose interval draws tasks for both."""
     pairs = np.array([[np.mean(tasks[name]), np.mean(target[name])] for name in tasks])  # (tasks, 2)
-    whole = pairs.mean(axis=0)
-    if not whole[1]:
+    mean, mean_of_target = pairs.mean(axis=0)
+    if not mean_of_target:
         return {"value": None, "interval": None}
     places = np.random.default_rng(seed).integers(len(pairs), size=(DRAWS, len(pairs)))
     drawn = pairs[places].mean(axis=1)  # (draws, 2)
     ratios = drawn[drawn[:, 1] > 0, 0] / drawn[drawn[:, 1] > 0, 1]
     ends = [float(end) for end in np.percentile(ratios, [2.5, 97.5])] if len(pairs) >= FEWEST else None
-    return {"value": float(whole[0] / whole[1]), "interval": ends}
+    return {"value": float(mean / mean_of_target), "interval": ends}
 
 
 def _confidence(columns: Mapping[tuple[str, str], Mapping[str, Tasks]], signal: str) -> dict[str, Any] | None:
     """How well the confidence of a signal tells rows whose target adapter is in the pool from others: its mean by
     protocol, the share that is not unsure, AUROC against each other protocol, and the calibration error; None: none."""
-    values = {
-        protocol: [one for rows in columns.get((protocol, signal), {}).get("confidence", {}).values() for one in rows]
-        for protocol in PROTOCOLS
-    }
-    own, others = values[IN_POOL], [*values[REMOVED], *values[OUT_OF_POOL]]
-    if not own:
+    values: dict[str, list[float]] = {}
+    for protocol in PROTOCOLS:
+        tasks = columns.get((protocol, signal), {}).get("confidence", {})
+        if tasks:
+            values[protocol] = [confidence for of_task in tasks.values() for confidence in of_task]
+    in_pool = values.get(IN_POOL, [])
+    if not in_pool:
         return None
-    truth = [True] * len(own) + [False] * len(others)
+    without_target = [*values.get(REMOVED, ()), *values.get(OUT_OF_POOL, ())]
+    error = None
+    if without_target:
+        truth = [True] * len(in_pool) + [False] * len(without_target)
+        error = calibration_error([*in_pool, *without_target], truth)
     return {
-        "mean": {protocol: float(np.mean(some)) for protocol, some in values.items() if some},
-        "sure": {protocol: float(np.mean(np.array(some) >= UNSURE)) for protocol, some in values.items() if some},
-        "auroc": {protocol: auroc(own, values[protocol]) for protocol in (REMOVED, OUT_OF_POOL) if values[protocol]},
-        "error": calibration_error([*own, *others], truth) if others else None,
+        "mean": {protocol: float(np.mean(of_protocol)) for protocol, of_protocol in values.items()},
+        "sure": {protocol: float(np.mean(np.array(of_protocol) >= UNSURE)) for protocol, of_protocol in values.items()},
+        "auroc": {
+            protocol: auroc(in_pool, values[protocol]) for protocol in (REMOVED, OUT_OF_POOL) if protocol in values
+        },
+        "error": error,
     }
 
 
@@ -374,7 +521,7 @@ def confusions(
     return {
         name: [
             {"task": task, "first": first, "rows": count, "of": rows[task]}
-            for (task, first), count in found.most_common()
+            for (task, first), count in pairs.most_common()
         ]
-        for name, found in counts.items()
+        for name, pairs in counts.items()
     }
