@@ -237,7 +237,7 @@ def test_a_row_that_is_refused_has_an_error_and_no_answer(
     hard = {some[2]["context"]}
 
     def refusing(self: Any, prompts: Any, **options: Any) -> Any:
-        if hard & set(prompts):
+        if hard & {prompt.text for prompt in prompts}:
             raise UsageError("prompt: too hard")
         return generate(self, prompts, **options)
 

@@ -22,7 +22,7 @@ from logo.cli.app import run
 from logo.errors import DataError
 from logo.evaluation.datasets import OFFICIAL, dataset_file, find_datasets
 from logo.evaluation.metrics import metric_kind
-from logo.evaluation.sources.declarations import Declaration, Source, load_declaration, packaged
+from logo.evaluation.sources.declarations import DatasetOrigin, Declaration, load_declaration, packaged
 from logo.evaluation.sources.prepare import RECORD, Instance, drawn_from, prepare
 from logo.evaluation.sources.templates import wording
 from test_rows import load_rows
@@ -346,7 +346,7 @@ ROW: dict[str, Any] = {
 
 
 def texts_of(row: dict[str, Any], context: str, completion: str = "x", made: str = "'x'", references: str = "") -> Any:
-    source = Source("a/b", "test")
+    source = DatasetOrigin("a/b", "test")
     return wording(Declaration("mine.x", "none", source, context, completion, references, context, {"made": made}))(row)
 
 

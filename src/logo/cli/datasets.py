@@ -35,15 +35,10 @@ def listed(*names: str, data_dir: Path = Path("data"), source: list[Path] | None
     """
     from logo.evaluation.sources.declarations import packaged
 
-    known = {**packaged(), **_declared(source)}
-    try:
-        there, official = dataset_files(data_dir)
-    except DataError:  # no folder, or nothing in it
-        there, official = {}, True
-    rows = [
-        _row(name, known.get(name), data_dir)
-        for name in _chosen(names, [*known, *(name for name in there if official and name not in known)])
-    ]
+    declarations = {**packaged(), **_declared(source)}
+    undeclared = [name for name in _prepared(data_dir) if name not in declarations]
+    chosen = _chosen(names, [*declarations, *undeclared])
+    rows = [_row(name, declarations.get(name), data_dir) for name in chosen]
     if json:
         print_json(rows)
         return
@@ -85,38 +80,49 @@ def prepare(
     from logo.evaluation.sources.prepare import prepare as prepare_one
 
     own = _declared(source)
-    known = {**packaged(), **own}  # the user's own take the place of ours
-    found = _chosen(names or list(own), list(known))
+    declarations = {**packaged(), **own}  # the user's own take the place of ours
+    chosen = _chosen(names or list(own), list(declarations))
     check_writable(data_dir)
     options: dict[str, Any] = {"rows": limit, "train_rows": train_limit, "progress": err.is_terminal}
     failed = 0
-    for name in found:
+    for name in chosen:
         try:
-            there = dataset_file(data_dir, name).parent
-            if not overwrite and any((there / file).exists() for file in WRITTEN):
+            folder = dataset_file(data_dir, name).parent
+            if not overwrite and any((folder / file).exists() for file in WRITTEN):
                 print(f"{name}: kept, its files are there (--overwrite draws anew)", flush=True)
                 continue
-            print(_made(name, prepare_one(known[name], data_dir, **options)), flush=True)
+            print(_told(name, prepare_one(declarations[name], data_dir, **options)), flush=True)
         except LoGoError as error:
             failed += 1
             err.print(f"logo: error: {' '.join(str(error).split())}", markup=False)
     if failed:
-        err.print(f"logo: {failed} of {len(found)} datasets could not be prepared", markup=False)
+        err.print(f"logo: {failed} of {len(chosen)} datasets could not be prepared", markup=False)
     return int(bool(failed))
+
+
+def _prepared(data_dir: Path) -> list[str]:
+    """The names of the datasets that a folder of the official layout has."""
+    try:
+        files, official = dataset_files(data_dir)
+    except DataError:  # no folder, or nothing in it
+        return []
+    return list(files) if official else []
 
 
 def _declared(files: Sequence[Path] | None) -> dict[str, Declaration]:
     """The user's own declarations by name; the last of one name counts."""
     from logo.evaluation.sources.declarations import load_declaration
 
-    return {made.name: made for made in map(load_declaration, files or [])}
+    return {declaration.name: declaration for declaration in map(load_declaration, files or [])}
 
 
-def _chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    def unknown(item: str) -> UsageError:
-        return UsageError(f"dataset {item!r}: not declared{closest(item, known)}; `logo data list` shows all")
+def _chosen(parts: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """Of these names, those that a user asks for; UsageError for a part that means none."""
 
-    return requested(",".join(names or []), known, unknown)
+    def unknown(part: str) -> UsageError:
+        return UsageError(f"dataset {part!r}: not declared{closest(part, names)}; `logo data list` shows all")
+
+    return requested(",".join(parts or []), names, unknown)
 
 
 def _row(name: str, declaration: Declaration | None, data_dir: Path) -> dict[str, Any]:
@@ -138,22 +144,24 @@ def _row(name: str, declaration: Declaration | None, data_dir: Path) -> dict[str
     }
 
 
-def _made(name: str, record: Mapping[str, Any]) -> str:
+def _told(name: str, record: Mapping[str, Any]) -> str:
     """The line that says what was drawn."""
-    made, asked = record["rows"], record["asked"]
-    short = made["test"] < asked["rows"] or made.get("train", asked["train_rows"]) < asked["train_rows"]
-    others = record["other_golds"]
-    extra = [
-        *(["all that the source has"] if short else []),
-        *([f"{record['unusable_rows']} source rows without text left out"] if record["unusable_rows"] else []),
-        *(
-            [f"{others} row{'s' * (others > 1)} with an earlier prompt and another gold text left out"]
-            if others
-            else []
-        ),
-        *([record["source"]["commit"][:8]] if record["source"]["commit"] else []),
-    ]
-    return f"{name}: {_counted(record)}" + (f" ({'; '.join(extra)})" if extra else "")
+    drawn = record["rows"]
+    asked = record["asked"]
+    unusable = record["unusable_rows"]
+    other_golds = record["other_golds"]
+    commit = record["source"]["commit"]
+    remarks = []
+    if drawn["test"] < asked["rows"] or drawn.get("train", asked["train_rows"]) < asked["train_rows"]:
+        remarks.append("all that the source has")
+    if unusable:
+        remarks.append(f"{unusable} source rows without text left out")
+    if other_golds:
+        rows = "rows" if other_golds > 1 else "row"
+        remarks.append(f"{other_golds} {rows} with an earlier prompt and another gold text left out")
+    if commit:
+        remarks.append(commit[:8])
+    return f"{name}: {_counted(record)}" + (f" ({'; '.join(remarks)})" if remarks else "")
 
 
 def _counted(record: Mapping[str, Any]) -> str:

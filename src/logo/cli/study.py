@@ -129,8 +129,8 @@ class ContestOptions:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class StudyPool(PoolOptions):
-    """Which model, which pool, and what every selection of the engine depends on."""
+class SelectionOptions:
+    """What every selection of the engine depends on."""
 
     n_selected_modules: Annotated[
         int | None, said("20; demo: 3", of=POOL, name=("--n-selected-modules", "-k"), validator=positive)
@@ -146,7 +146,8 @@ def study(
     rows: StudyRows,
     contest: ContestOptions = ContestOptions(),
     json: bool = False,
-    pool: StudyPool = StudyPool(),
+    pool: PoolOptions = PoolOptions(),
+    selection: SelectionOptions = SelectionOptions(),
 ) -> None:
     """Does it work on my adapters? How often the right one is found, and what the answers are worth.
 
@@ -167,13 +168,13 @@ def study(
     base_model = or_demo(pool)
     options = {
         "signal": compared.signals[0],
-        "k": pool.n_selected_modules,
-        "prior": pool.prior,
+        "k": selection.n_selected_modules,
+        "prior": selection.prior,
         "model_dir": MODEL_DIR,
         **placed(pool.device),
     }
     opening = Opening(base_model, pool.sources, options)
-    command = written("eval study", rows, contest, pool)
+    command = written("eval study", rows, contest, pool, selection)
     with closing(Measurer(opening(), compared)) as measurer, progress(disable=not err.is_terminal) as bars:
         names = list(measurer.facts.identity["pool"])
         in_pool = sum(task.name in names for task in tasks)

@@ -131,15 +131,21 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the base model's tokenizer writes it."""
-        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how))
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log likelihood of each continuation in nats, and whether it is what greedy decoding would write; all requests
         about one document under one mixture."""
         self._texts = document_texts(requests)
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return found
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return answers
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], Tokens, Tokens]], disable_tqdm: bool = False, **_: Any
@@ -149,11 +155,12 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         for _texts, context, following in requests:
             room = self.max_length + 1 - len(following)  # the last token is not read
             if room < 1:
-                found = f"a continuation has {len(following)} tokens, but the model reads {self.max_length} at once"
-                raise UsageError(found)
+                raise UsageError(
+                    f"a continuation has {len(following)} tokens, but the model reads {self.max_length} at once"
+                )
             pairs.append((context[-room:], following))
         scored = self._scored(pairs, self._selected(self._texts, disable_tqdm), disable_tqdm)
-        answers = [(found.log_likelihood, found.exact_match) for found in scored]
+        answers = [(score.log_likelihood, score.exact_match) for score in scored]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
@@ -171,8 +178,8 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         mixtures = self._selected(texts, disable_tqdm)
         scored = self._scored([pair for _, pair in parts], [mixtures[number] for number, _ in parts], disable_tqdm)
         totals = [0.0] * len(texts)
-        for (number, _), found in zip(parts, scored, strict=True):
-            totals[number] += found.log_likelihood
+        for (number, _), score in zip(parts, scored, strict=True):
+            totals[number] += score.log_likelihood
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals
@@ -184,21 +191,22 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         answers: dict[int, str] = {}
         for numbers in groups.values():
-            asked = requests[numbers[0]].args[1]
-            options = self._decoding(asked)
+            task_options = requests[numbers[0]].args[1]
+            options = self._decoding(task_options)
             numbers.sort(key=lambda number: -len(requests[number].args[0]))
             for part in self._parts(numbers, "Generating", disable_tqdm):
                 contexts = [requests[number].args[0] for number in part]
-                found = self.logo.generate(contexts, batch_size=self.batch_size, **options)
-                self._count([answer.selection for answer in found])
-                for number, context, answer in zip(part, contexts, found, strict=True):
-                    answers[number] = answer.text
-                    self.cache_hook.add_partial("generate_until", (context, asked), answer.text)
+                generations = self.logo.generate(contexts, batch_size=self.batch_size, **options)
+                self._count([generation.selection for generation in generations])
+                for number, context, generation in zip(part, contexts, generations, strict=True):
+                    answers[number] = generation.text
+                    self.cache_hook.add_partial("generate_until", (context, task_options), generation.text)
         return [answers[number] for number in range(len(requests))]
 
     def get_model_info(self) -> dict[str, Any]:
         """The facts for the harness's record: the base model, the pool, and the settings of the mixture."""
-        pool, model = self.logo.pool.sha256(), self.logo.model
+        pool = self.logo.pool.sha256()
+        model = self.logo.model
         means = {name: round(self._weights[name] / self._selections, 6) for name in pool if self._weights[name]}
         return {
             "model_num_parameters": model.num_parameters(),
@@ -217,12 +225,12 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
 
     def _selected(self, texts: Sequence[str], quiet: bool) -> list[Mixture]:
         """The mixture of each text; equal texts are selected once."""
-        found: dict[str, Mixture] = {}
+        mixtures: dict[str, Mixture] = {}
         for part in self._parts(list(dict.fromkeys(texts)), "Selecting adapters", quiet):
             selections = self.logo.select(part, max_new_tokens=1, batch_size=self.batch_size)
             self._count(selections)
-            found |= {text: selection.mixture for text, selection in zip(part, selections, strict=True)}
-        return [found[text] for text in texts]
+            mixtures |= {text: selection.mixture for text, selection in zip(part, selections, strict=True)}
+        return [mixtures[text] for text in texts]
 
     def _count(self, selections: Sequence[Selection]) -> None:
         self._selections += len(selections)
@@ -234,21 +242,23 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         # Continuations of one context stay together, so that those of a single token are one row.
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))
         for part in self._parts(order, "Scoring", quiet):
-            chosen = [pairs[i] for i in part], [mixtures[i] for i in part]
-            scored |= zip(part, self.logo.score_pairs(*chosen, batch_size=self.batch_size), strict=True)
+            pairs_of_part = [pairs[i] for i in part]
+            mixtures_of_part = [mixtures[i] for i in part]
+            scores = self.logo.score_pairs(pairs_of_part, mixtures_of_part, batch_size=self.batch_size)
+            scored |= zip(part, scores, strict=True)
         return [scored[number] for number in range(len(pairs))]
 
-    def _parts(self, items: Sequence[T], said: str, quiet: bool) -> Iterator[list[T]]:
+    def _parts(self, items: Sequence[T], heading: str, quiet: bool) -> Iterator[list[T]]:
         """The items, some batches at a time, with a progress bar."""
         step = self.batch_size * _BATCHES
-        with tqdm(total=len(items), desc=said, disable=quiet) as bar:
+        with tqdm(total=len(items), desc=heading, disable=quiet) as bar:
             for start in range(0, len(items), step):
                 yield list(items[start : start + step])
                 bar.update(len(items[start : start + step]))
 
-    def _decoding(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _decoding(self, task_options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of `LoGo.generate` that do what a task asks."""
-        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(asked), self.max_gen_toks))
+        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(task_options), self.max_gen_toks))
         options |= {"stop": options.pop("until"), "max_new_tokens": options.pop("max_gen_toks")}
         dropped = {"max_length"}
         if not (options.get("do_sample") and options.get("temperature", 1.0)):
@@ -265,11 +275,14 @@ def document_texts(requests: Sequence[Any]) -> list[str]:
             continuation) as arguments. One without a number is a document of its own.
     """
     documents: dict[object, list[tuple[str, str]]] = {}
-    keys = [i if each.doc_id is None else (each.task_name, each.doc_id) for i, each in enumerate(requests)]
+    keys = [
+        number if request.doc_id is None else (request.task_name, request.doc_id)
+        for number, request in enumerate(requests)
+    ]
     for key, request in zip(keys, requests, strict=True):
         documents.setdefault(key, []).append(request.args[:2])
-    chosen = {key: common_text(pairs) for key, pairs in documents.items()}
-    return [chosen[key] for key in keys]
+    texts = {key: common_text(pairs) for key, pairs in documents.items()}
+    return [texts[key] for key in keys]
 
 
 def common_text(pairs: Sequence[tuple[str, str]]) -> str:

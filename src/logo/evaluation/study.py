@@ -179,8 +179,9 @@ class Measurer:
                 raise DataError(f"{task.file}:{number}: {expected}, {found}")
             if row.completion:
                 try:
-                    for gold in row.golds:
-                        encoded(self._logo.prompts, row.prompt, gold)
+                    with cuts_told_by_row():
+                        for gold in row.golds:
+                            encoded(self._logo.prompts, row.prompt, gold)
                 except UsageError as error:
                     raise DataError(f"{task.file}:{number}: {error}") from error
 

@@ -1,8 +1,8 @@
 """Declarations of datasets, read from small YAML files: where the rows are, and templates of prompts and gold texts.
 
 Every value in such a file is text or a mapping of texts (`no` is the word no, `1` the character 1), nothing in it can
-run code, and a key that is not known is an error. `Declaration` and `Source` describe the keys; the declarations of
-this package are beside this module, in `files`.
+run code, and a key that is not known is an error. `Declaration` and `DatasetOrigin` describe the keys; the declarations
+of this package are beside this module, in `files`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SPLITS = ("test", "train")
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a dataset's rows are.
+class DatasetOrigin:
+    """Where a dataset's rows are: the key `source` of a declaration.
 
     Attributes:
         repo: a dataset repository on the Hub, or a local folder, which begins with `.` or `/`.
@@ -70,7 +70,7 @@ class Declaration:
 
     name: str
     licence: str
-    source: Source
+    source: DatasetOrigin
     context: str
     completion: str
     references: str = ""
@@ -87,9 +87,9 @@ class Declaration:
 @functools.cache
 def packaged() -> Mapping[str, Declaration]:
     """The declarations that are part of the package, official names first."""
-    found = {made.name: made for made in map(load_declaration, sorted(FILES.glob("*.yaml")))}
-    order = [*OFFICIAL, *(name for name in found if name not in OFFICIAL)]
-    return {name: found[name] for name in order}
+    by_name = {declaration.name: declaration for declaration in map(load_declaration, sorted(FILES.glob("*.yaml")))}
+    order = [*OFFICIAL, *(name for name in by_name if name not in OFFICIAL)]
+    return {name: by_name[name] for name in order}
 
 
 def load_declaration(file: Path) -> Declaration:
@@ -108,38 +108,47 @@ def load_declaration(file: Path) -> Declaration:
         raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check the path") from error
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        said = f"{getattr(error, 'problem', None)} (line {mark.line + 1})" if mark else type(error).__name__
-        raise DataError(f"{file}: expected YAML in UTF-8, found {said}; fix the file") from None
+        problem = f"{getattr(error, 'problem', None)} (line {mark.line + 1})" if mark else type(error).__name__
+        raise DataError(f"{file}: expected YAML in UTF-8, found {problem}; fix the file") from None
     try:
-        top = _checked("", value, Declaration)
-        source = Source(**_checked("source.", top["source"], Source))
-        for split in SPLITS:
-            if (path := getattr(source, split)).startswith("/"):
-                raise DataError(f"source.{split}: expected a split, or a path below source.repo, found {path!r}")
-        if source.is_local:
-            source = replace(source, repo=str((file.parent / source.repo).absolute()))
-        dataset_file("", top["name"])
-        metric = checked_kind(top.get("metric", metric_kind(top["name"])), "metric")
-        sha256 = hashlib.sha256(content).hexdigest()
-        return Declaration(**{"draw_by": top["context"], **top, "source": source, "metric": metric, "sha256": sha256})
+        return _declared(value, file.parent, hashlib.sha256(content).hexdigest())
     except (DataError, UsageError) as error:
         raise DataError(f"{file}: {error}; fix the file") from None
+
+
+def _declared(value: Any, folder: Path, sha256: str) -> Declaration:
+    """The declaration in the content of a file in this folder; errors without the file's name."""
+    keys = _checked("", value, Declaration)
+    origin = DatasetOrigin(**_checked("source.", keys["source"], DatasetOrigin))
+    for split in SPLITS:
+        path = getattr(origin, split)
+        if path.startswith("/"):
+            raise DataError(f"source.{split}: expected a split, or a path below source.repo, found {path!r}")
+    if origin.is_local:
+        origin = replace(origin, repo=str((folder / origin.repo).absolute()))
+    dataset_file("", keys["name"])
+    metric = checked_kind(keys.get("metric", metric_kind(keys["name"])), "metric")
+    usual = {"draw_by": keys["context"]}
+    return Declaration(**{**usual, **keys, "source": origin, "metric": metric, "sha256": sha256})
 
 
 def _checked(where: str, value: Any, kind: type) -> dict[str, Any]:
     """The keys of a mapping as the arguments of a dataclass: all that it needs, none that it does not know, each a text
     except for `source` and `fields`, which are mappings of texts."""
-    known = {one.name: one.default is one.default_factory is MISSING for one in fields(kind) if one.name != "sha256"}
+    is_needed = {
+        key.name: key.default is key.default_factory is MISSING for key in fields(kind) if key.name != "sha256"
+    }
     if not isinstance(value, dict):
-        raise DataError(f"{where}expected the keys {', '.join(known)}, found {value!r:.60}")
+        raise DataError(f"{where}expected the keys {', '.join(is_needed)}, found {value!r:.60}")
     for key, inner in value.items():
-        if key not in known:
-            raise DataError(f"{where}{key}: expected one of {', '.join(known)}{closest(key, known)}")
+        if key not in is_needed:
+            raise DataError(f"{where}{key}: expected one of {', '.join(is_needed)}{closest(key, is_needed)}")
         nested = key in ("fields", "source")
         texts = inner.values() if nested and isinstance(inner, dict) else [None if nested else inner]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             expected = "a mapping of names to texts" if nested else "text"
             raise DataError(f"{where}{key}: expected {expected}, found {inner!r:.60}")
-    if missing := [key for key, needed in known.items() if needed and key not in value]:
+    missing = [key for key, needed in is_needed.items() if needed and key not in value]
+    if missing:
         raise DataError(f"{where}{missing[0]}: expected this key beside {', '.join(value)}, found none")
     return value

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from logo.errors import DataError, HubError, listed, need
 from logo.evaluation.datasets import dataset_file
 from logo.evaluation.metrics import metric_kind
-from logo.evaluation.sources.declarations import SPLITS, Declaration
-from logo.evaluation.sources.templates import wording
+from logo.evaluation.sources.declarations import Declaration
+from logo.evaluation.sources.templates import Texts, wording
 from logo.files import new_folder
 from logo.hub import hub_error, snapshot
 from logo.rows import text_lines
@@ -76,26 +76,30 @@ def prepare(
         HubError: they cannot be fetched.
         StorageError: the result cannot be written.
     """
-    wanted = [split for split in SPLITS if split == "test" or (declaration.source.train and train_rows)]
-    root, files = _fetched(declaration, wanted, progress)
+    origin = declaration.source
+    splits = ["test", "train"] if origin.train and train_rows else ["test"]
+    root, files = _fetched(declaration, splits, progress)
     try:
-        found = {name: _instances(declaration, _rows(root, name)) for name in dict.fromkeys(files.values())}
+        by_files = {names: _instances(declaration, _rows(root, names)) for names in dict.fromkeys(files.values())}
     except DataError as error:
-        at = "" if declaration.source.is_local else f" (in {declaration.source.repo} at commit {root.name})"
-        raise DataError(f"dataset {declaration.name!r}: {error}{at}; fix the declaration") from None
-    drawn = {"test": drawn_from(found[files["test"]].items, rows, seed)}
+        where = "" if origin.is_local else f" (in {origin.repo} at commit {root.name})"
+        raise DataError(f"dataset {declaration.name!r}: {error}{where}; fix the declaration") from None
+    drawn = {"test": drawn_from(by_files[files["test"]].items, rows, seed)}
     if "train" in files:  # of one split, train rows are drawn from those that the test draw leaves
-        drawn["train"] = drawn_from(found[files["train"]].items, train_rows, seed, without=drawn["test"])
+        drawn["train"] = drawn_from(by_files[files["train"]].items, train_rows, seed, without=drawn["test"])
+    drawn = {split: instances for split, instances in drawn.items() if instances}
     record = {
-        "source": {**asdict(declaration.source), "commit": None if declaration.source.is_local else root.name},
-        **{key: getattr(declaration, key) for key in ("homepage", "licence", "citation")},
+        "source": {**asdict(origin), "commit": None if origin.is_local else root.name},
+        "homepage": declaration.homepage,
+        "licence": declaration.licence,
+        "citation": declaration.citation,
         "declaration_sha256": declaration.sha256,
         "asked": {"rows": rows, "train_rows": train_rows, "seed": seed},
-        "rows": {split: len(items) for split, items in drawn.items() if items},
-        "unusable_rows": sum(instances.unusable for instances in found.values()),
-        "other_golds": sum(instances.other_golds for instances in found.values()),
+        "rows": {split: len(instances) for split, instances in drawn.items()},
+        "unusable_rows": sum(instances.unusable for instances in by_files.values()),
+        "other_golds": sum(instances.other_golds for instances in by_files.values()),
     }
-    texts = {f"{split}.jsonl": "".join(item.line for item in items) for split, items in drawn.items() if items}
+    texts = {f"{split}.jsonl": "".join(instance.line for instance in drawn[split]) for split in drawn}
     texts[RECORD] = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
     if declaration.metric != metric_kind(declaration.name):
         texts["test.yaml"] = f"metric: {declaration.metric}\n"
@@ -111,46 +115,55 @@ def drawn_from(
 ) -> list[Instance]:
     """The first `count` instances in the order of the seed, or all if there are fewer; none whose prompt or whose
     key is one of `without`."""
-    taken = [(instance.context, instance.key) for instance in without]
-    contexts, keys = {context for context, _ in taken}, {key for _, key in taken}
-    rest = [instance for instance in instances if instance.context not in contexts and instance.key not in keys]
+    taken = list(without)
+    contexts = {instance.context for instance in taken}
+    keys = {instance.key for instance in taken}
+    left = [instance for instance in instances if instance.context not in contexts and instance.key not in keys]
 
     def place(instance: Instance) -> tuple[bytes, str]:
         return hashlib.sha256(f"{seed}\n{instance.key}".encode()).digest(), instance.context
 
-    return sorted(rest, key=place)[:count]
+    return sorted(left, key=place)[:count]
 
 
 def _fetched(
     declaration: Declaration, splits: Sequence[str], progress: bool
 ) -> tuple[Path, dict[str, tuple[str, ...]]]:
     """The folder of a source, which on the Hub has the commit's name, and the files of each split below it."""
-    source = declaration.source
-    patterns = {split: source.files(split) for split in splits}
-    if source.is_local:
-        root = Path(source.repo)
+    origin = declaration.source
+    patterns = {split: origin.files(split) for split in splits}
+    if origin.is_local:
+        root = Path(origin.repo)
     else:
-        every = [pattern for split in splits for pattern in patterns[split]]
-        try:
-            root = snapshot(
-                source.repo, revision=source.revision, progress=progress, repo_type="dataset", allow_patterns=every
-            )
-        except HubError as error:
-            said = hub_error(f"datasets/{source.repo}", error, revision=source.revision)  # as in the page's address
-            raise HubError(f"dataset {declaration.name!r}: {said}") from error
-    found = {split: _matching(root, patterns[split]) for split in splits}
-    for split, names in found.items():
+        root = _downloaded(declaration, [pattern for split in splits for pattern in patterns[split]], progress)
+    files = {split: _matching(root, patterns[split]) for split in splits}
+    for split, names in files.items():
         if not names:
-            where = root if source.is_local else f"{source.repo} at revision {source.revision!r}"
+            where = root if origin.is_local else f"{origin.repo} at revision {origin.revision!r}"
             expected = f"expected a file {' or '.join(patterns[split])} of {split} rows, found none"
             raise DataError(f"dataset {declaration.name!r}: {where}: {expected}; fix the declaration")
-    return root, found
+    return root, files
+
+
+def _downloaded(declaration: Declaration, patterns: Sequence[str], progress: bool) -> Path:
+    """The folder of the files in the Hub's cache that these patterns match."""
+    origin = declaration.source
+    try:
+        return snapshot(
+            origin.repo, revision=origin.revision, progress=progress, repo_type="dataset", allow_patterns=list(patterns)
+        )
+    except HubError as error:
+        reason = hub_error(f"datasets/{origin.repo}", error, revision=origin.revision)  # as in the page's address
+        raise HubError(f"dataset {declaration.name!r}: {reason}") from error
 
 
 def _matching(root: Path, patterns: Sequence[str]) -> tuple[str, ...]:
     """The files that the first pattern finds which finds any."""
-    every = (sorted(path.relative_to(root).as_posix() for path in root.glob(pattern)) for pattern in patterns)
-    return tuple(next(filter(None, every), []))
+    for pattern in patterns:
+        names = sorted(path.relative_to(root).as_posix() for path in root.glob(pattern))
+        if names:
+            return tuple(names)
+    return ()
 
 
 def _rows(root: Path, names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -164,8 +177,8 @@ def _rows(root: Path, names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, 
         for number, row in enumerate(readers[ending]([root / name for name in names]), start=1):
             yield f"{names[0]}: row {number}", row
     except Exception as error:  # the boundary: pyarrow and datasets each raise their own kinds
-        said = " ".join(f"{error.__cause__ or error!r:.200}".split())
-        raise DataError(f"{names[0]}: cannot be read as {ending.removeprefix('.')} ({said})") from error
+        reason = " ".join(f"{error.__cause__ or error!r:.200}".split())
+        raise DataError(f"{names[0]}: cannot be read as {ending.removeprefix('.')} ({reason})") from error
 
 
 def _parquet(files: Sequence[Path]) -> Iterable[Mapping[str, Any]]:
@@ -195,30 +208,40 @@ def _instances(declaration: Declaration, rows: Iterable[tuple[str, Mapping[str, 
         DataError: a row that does not fit the declaration (names the file and the row), or no usable row at all.
     """
     texts_of = wording(declaration)
-    found: dict[str, Instance] = {}
-    unusable = other_golds = 0
+    by_context: dict[str, Instance] = {}
+    unusable = 0
+    other_golds = 0
     for where, row in rows:
         try:
-            texts = texts_of(row)
+            instance = _instance(texts_of(row))
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        completion = texts["completion"] if texts else ()
-        golds, context = _merged(completion), str(texts["context"]) if texts else ""
-        if not texts or not golds or not context.strip():
+        if instance is None:
             unusable += 1
             continue
-        references = _merged(golds, texts["references"]) if "references" in texts else ()
-        gold = golds[0] if isinstance(completion, str) else golds
-        instance = Instance(context, gold, references, str(texts["draw_by"]))
-        if (known := found.get(instance.context)) is None:
-            found[instance.context] = instance
-        elif instance.references:
-            found[instance.context] = replace(known, references=_merged(known.references, instance.references))
+        first = by_context.setdefault(instance.context, instance)
+        if instance.references:
+            merged = replace(first, references=_merged(first.references, instance.references))
+            by_context[instance.context] = merged
         else:
-            other_golds += not set(_merged(instance.completion)) <= set(_merged(known.completion))
-    if not found:
+            other_golds += not set(_merged(instance.completion)) <= set(_merged(first.completion))
+    if not by_context:
         raise DataError(f"none of {unusable} rows has a prompt and a gold text; is this the right split?")
-    return Instances(tuple(found.values()), unusable, other_golds)
+    return Instances(tuple(by_context.values()), unusable, other_golds)
+
+
+def _instance(texts: Texts | None) -> Instance | None:
+    """The instance of a row's texts; None without a prompt and a gold text."""
+    if texts is None:
+        return None
+    context = str(texts["context"])
+    completion = texts["completion"]
+    golds = _merged(completion)
+    if not golds or not context.strip():
+        return None
+    references = _merged(golds, texts["references"]) if "references" in texts else ()
+    gold = golds[0] if isinstance(completion, str) else golds
+    return Instance(context, gold, references, str(texts["draw_by"]))
 
 
 def _merged(*texts: str | Iterable[str]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ _SHOWN = 8  # columns worth listing in a message
 _SOLE = re.compile(r"\s*\{\{(.*?)\}\}\s*", re.DOTALL)
 _WRONG = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
-_Made = Callable[[Mapping[str, Any]], Any]
+_Compiled = Callable[[Mapping[str, Any]], Any]  # values by name -> a value or a text
 Texts = dict[str, str | list[str]]
 
 
@@ -52,16 +52,16 @@ def wording(declaration: Declaration) -> Callable[[Mapping[str, Any]], Texts | N
 
     def texts(row: Mapping[str, Any]) -> Texts | None:
         columns = {"row": row, **row}
-        values = columns | {name: _called(name, made, columns) for name, made in fields.items()}
-        found: Texts = {}
-        for key, made in templates.items():
+        values = columns | {name: _called(name, expression, columns) for name, expression in fields.items()}
+        rendered: Texts = {}
+        for key, template in templates.items():
             try:
-                found[key] = _called(key, made, values)
+                rendered[key] = _called(key, template, values)
             except _Blank:
                 if key != "references":
                     return None
-                found[key] = []
-        return found
+                rendered[key] = []
+        return rendered
 
     return texts
 
@@ -104,34 +104,37 @@ def _lettered(values: Iterable[object] | None) -> list[str]:
     return [f"({_LETTERS[i % len(_LETTERS)]}) {_as_text(value)}" for i, value in enumerate(values or ())]
 
 
-def _expression(environment: _Environment, text: str) -> _Made:
+def _expression(environment: _Environment, text: str) -> _Compiled:
     compiled = environment.compile_expression(text, undefined_to_none=False)
 
     def value(values: Mapping[str, Any]) -> Any:
-        found = compiled(values)
-        if isinstance(found, StrictUndefined):
-            return str(found)  # raises, with the name that is missing
-        return list(found) if isinstance(found, Iterator) else found  # filters are lazy
+        computed = compiled(values)
+        if isinstance(computed, StrictUndefined):
+            return str(computed)  # raises, with the name that is missing
+        return list(computed) if isinstance(computed, Iterator) else computed  # filters are lazy
 
     return value
 
 
-def _text_or_texts(environment: _Environment, text: str) -> _Made:
-    sole, body = _SOLE.fullmatch(text), environment.parse(text).body
-    if sole is None or len(body) != 1 or len(getattr(body[0], "nodes", ())) != 1:
+def _text_or_texts(environment: _Environment, text: str) -> _Compiled:
+    sole_expression = _SOLE.fullmatch(text)
+    body = environment.parse(text).body
+    if sole_expression is None or len(body) != 1 or len(getattr(body[0], "nodes", ())) != 1:
         return environment.from_string(text).render
-    value = _expression(environment, sole[1])
+    value = _expression(environment, sole_expression[1])
 
     def texts(values: Mapping[str, Any]) -> str | list[str]:
-        found = value(values)
-        return [_as_text(item) for item in found] if isinstance(found, (list, tuple)) else _shown(found)
+        computed = value(values)
+        if isinstance(computed, (list, tuple)):
+            return [_as_text(text) for text in computed]
+        return _shown(computed)
 
     return texts
 
 
-def _called(key: str, made: _Made, values: Mapping[str, Any]) -> Any:
+def _called(key: str, compiled: _Compiled, values: Mapping[str, Any]) -> Any:
     try:
-        return made(values)
+        return compiled(values)
     except _WRONG as error:
         names = [repr(name) for name in values if name != "row"]
         raise DataError(f"{key!r}: {error}; the row has {listed(names, _SHOWN) or 'nothing'}") from None
