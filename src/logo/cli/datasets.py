@@ -147,12 +147,12 @@ def _row(name: str, declaration: Declaration | None, data_dir: Path) -> dict[str
 def _told(name: str, record: Mapping[str, Any]) -> str:
     """The line that says what was drawn."""
     drawn = record["rows"]
-    asked = record["asked"]
+    request = record["asked"]
     unusable = record["unusable_rows"]
     other_golds = record["other_golds"]
     commit = record["source"]["commit"]
     remarks = []
-    if drawn["test"] < asked["rows"] or drawn.get("train", asked["train_rows"]) < asked["train_rows"]:
+    if drawn["test"] < request["rows"] or drawn.get("train", request["train_rows"]) < request["train_rows"]:
         remarks.append("all that the source has")
     if unusable:
         remarks.append(f"{unusable} source rows without text left out")

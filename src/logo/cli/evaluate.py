@@ -256,8 +256,8 @@ def evaluate(*, options: OfficialOptions = OfficialOptions()) -> int:
         seed=options.seed,
         stop_at_newline=options.generation_early_stop,
     )
-    given = {name: value for name, value in asdict(options).items() if value is not None}
-    return answered(opening, options.rows, WorkerOptions(), {"name": "evaluate", "options": given})
+    recorded = {name: value for name, value in asdict(options).items() if value is not None}
+    return answered(opening, options.rows, WorkerOptions(), {"name": "evaluate", "options": recorded})
 
 
 def answered(

@@ -244,10 +244,10 @@ def _show_confidence(confidence: Mapping[str, Mapping[str, Any]]) -> None:
     from logo.selection.selector import UNSURE
 
     for signal, numbers in confidence.items():
-        told = [f"AUROC {auroc:.2f} against {protocol}" for protocol, auroc in numbers["auroc"].items()]
+        separations = [f"AUROC {auroc:.2f} against {protocol}" for protocol, auroc in numbers["auroc"].items()]
         if numbers["error"] is not None:
-            told.append(f"reliability error {numbers['error']:.2f}")
-        out.print(f"confidence of {signal}: {', '.join(told) or 'nothing to compare with'}", markup=False)
+            separations.append(f"reliability error {numbers['error']:.2f}")
+        out.print(f"confidence of {signal}: {', '.join(separations) or 'nothing to compare with'}", markup=False)
         shares = [f"{share:.0%} of {protocol}" for protocol, share in numbers["sure"].items()]
         out.print(f"confidence of {signal} is {UNSURE} or more: {', '.join(shares)} rows", markup=False)
 

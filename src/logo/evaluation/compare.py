@@ -233,17 +233,21 @@ class _Pair:
 
     def _difference(self, dataset: str) -> str:
         """Why the results of a dataset cannot be compared; empty if they can."""
-        a, b = self.run_a[dataset], self.run_b[dataset]
-        metric_a, metric_b = a["metric"].iloc[0], b["metric"].iloc[0]
+        rows_a = self.run_a[dataset]
+        rows_b = self.run_b[dataset]
+        metric_a = rows_a["metric"].iloc[0]
+        metric_b = rows_b["metric"].iloc[0]
         if measures(metric_a) != measures(metric_b):
             both = f"{metric_a} in {self.a} and {metric_b} in {self.b}"
-            shared = metric_b if _has_texts(a) else metric_a
+            # The metric of a result without gold texts is the one that both can have.
+            shared = metric_b if _has_texts(rows_a) else metric_a
             hint = f"--metric {dataset}={shared} judges the stored answers anew"
-            if not (_has_texts(a) or _has_texts(b)):
+            if not (_has_texts(rows_a) or _has_texts(rows_b)):
                 hint = "neither has gold texts to judge the stored answers by"
             return f"expected one metric, found {both}; {hint}"
-        if differ := _other_rows(a, b, self.a, self.b):
-            return f"expected the same rows, found {differ}; answer the same data with the same --limit"
+        other_rows = _other_rows(rows_a, rows_b, self.a, self.b)
+        if other_rows:
+            return f"expected the same rows, found {other_rows}; answer the same data with the same --limit"
         return ""
 
 
@@ -269,7 +273,8 @@ def _mixed(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         }
         first = next(iter(engines), "")
         for name, engine in engines.items():
-            if different := differences(engines[first], engine):
+            different = differences(engines[first], engine)
+            if different:
                 yield f"{run} mixes settings: of {name}, {described(different, 3)} as of {first}"
 
 

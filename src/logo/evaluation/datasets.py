@@ -160,7 +160,8 @@ def _warn_of_unread(
 ) -> None:
     """Warns of official datasets that are meant and not there, and where all are meant, of files that may hold rows and
     are not read."""
-    if official_layout and (missing := _missing(request, files)):
+    missing = _missing(request, files) if official_layout else []
+    if missing:
         warnings.warn(f"not in {root}, left out: {', '.join(missing)}", UserWarning, stacklevel=3)
     if request:
         return
@@ -171,8 +172,11 @@ def _warn_of_unread(
     if train_rows is not None:
         read.add(Path(train_rows))
     where = "main/sub/test.jsonl, without a dot in main" if official_layout else "NAME.jsonl"
-    if left := unread(root, read):
-        warnings.warn(f"{root}: {listed(left)} not read: here rows are in files {where}", UserWarning, stacklevel=3)
+    elsewhere = unread(root, read)
+    if elsewhere:
+        warnings.warn(
+            f"{root}: {listed(elsewhere)} not read: here rows are in files {where}", UserWarning, stacklevel=3
+        )
 
 
 def _why_skipped(root: Path, skipped: Mapping[Path, Sequence[Path]]) -> str:
@@ -252,12 +256,20 @@ def dataset_files(root: Path) -> tuple[dict[str, Path], bool]:
     flat = dict(sorted((path.relative_to(root).as_posix().removesuffix(".jsonl"), path) for path in rows))
     if not flat:
         expected = 'expected NAME.jsonl or {main}/{sub}/test.jsonl with lines {"context": ..., "completion": ...}'
-        if skipped := passed_over(root):
+        skipped = passed_over(root)
+        if skipped:
             raise DataError(f"{str(root)!r}: {expected}, found none: {_why_skipped(root, skipped)}")
-        there = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-        found = listed(there, 5) or ("no files" if root.is_dir() else "a file" if root.exists() else "nothing")
-        raise DataError(f"{str(root)!r}: {expected}, found {found}; `logo data prepare` writes those of the paper")
+        raise DataError(
+            f"{str(root)!r}: {expected}, found {_content(root)}; `logo data prepare` writes those of the paper"
+        )
     return flat, False
+
+
+def _content(root: Path) -> str:
+    """What there is in place of a folder of rows, in words."""
+    if root.is_dir():
+        return listed(sorted(path.name for path in root.iterdir()), 5) or "no files"
+    return "a file" if root.exists() else "nothing"
 
 
 def _missing(request: str, there: Collection[str]) -> list[str]:

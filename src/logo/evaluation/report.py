@@ -78,12 +78,12 @@ def _scores(columns: Mapping[tuple[str, str], Mapping[str, Column]], seed: int) 
     for (_, dataset), by_measure in columns.items():
         measured.setdefault(dataset, {}).update(dict.fromkeys(by_measure))
     runs = list(dict.fromkeys(run for run, _ in columns))
-    scores = [
-        _score(run, line, members, seed)
-        for line in lines_of(measured)
-        for run in runs
-        if (members := _members(line, run, columns)) is not None
-    ]
+    scores = []
+    for line in lines_of(measured):
+        for run in runs:
+            members = _members(line, run, columns)
+            if members is not None:
+                scores.append(_score(run, line, members, seed))
     return pandas.DataFrame(scores, columns=SCORES)
 
 

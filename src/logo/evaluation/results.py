@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import pandas
 
 OFFICIAL = ("eval_results", "predictions", "selected_loras", "weights", "metric_dict", "time_dict")
-RUN, ROWS = "run.json", "rows.jsonl"
+RUN = "run.json"
+ROWS = "rows.jsonl"
 FILES = (*(f"{name}.json" for name in OFFICIAL), RUN, ROWS)
 MARK = "eval_results.json"  # a folder with this file is the result of one dataset
 

@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 
 from logo.evaluation.metrics import Scale
 
-LEVEL, ALPHA = 0.95, 0.05
-DRAWS, SWAPS = 1_000, 9_999  # 10,000 swaps with the observed one
+LEVEL = 0.95
+ALPHA = 0.05
+DRAWS = 1_000
+SWAPS = 9_999  # 10,000 with the observed one
 FEWEST = 10  # rows; percentiles of fewer are far too close together
 _BATCH = 2**22  # numbers that are drawn at once: 32 MB
-MCNEMAR, RANDOMISED = "McNemar", "randomised"  # names of the tests
+MCNEMAR = "McNemar"  # names of the tests
+RANDOMISED = "randomised"
 
 Values = NDArray[np.float64]
 Interval = tuple[float, float]

@@ -54,7 +54,9 @@ if TYPE_CHECKING:
     from logo.core import Selection
     from logo.evaluation.datasets import Dataset
 
-IN_POOL, REMOVED, OUT_OF_POOL = "in-pool", "removed", "out-of-pool"
+IN_POOL = "in-pool"
+REMOVED = "removed"
+OUT_OF_POOL = "out-of-pool"
 PROTOCOLS = (IN_POOL, REMOVED, OUT_OF_POOL)
 ALWAYS = ("target", "uniform", "base")  # methods that every study of gold texts has
 SIGNALS = ("calibrated", "norm", "entropy")
@@ -157,26 +159,27 @@ class Measurer:
         record = {"task": task.name, "row": index, "prompt": row.prompt, "cut": prompt.cut}
         return {**record, "arms": arms, "seconds": seconds}
 
-    def asked(self, tasks: Sequence[Dataset]) -> list[Dataset]:
+    def tasks_of_protocols(self, tasks: Sequence[Dataset]) -> list[Dataset]:
         """The tasks that a protocol asks for; UsageError if there are none."""
         names = self._logo.names
-        asked = [task for task in tasks if self.contest.of(task.name, names)]
-        if not asked:
+        of_protocols = [task for task in tasks if self.contest.of(task.name, names)]
+        if not of_protocols:
             in_pool = sum(task.name in names for task in tasks)
             raise UsageError(
                 f"protocols {', '.join(self.contest.protocols)}: they ask for none of these rows: {in_pool} of "
                 f"{len(tasks)} tasks have an adapter of their name"
             )
-        return asked
+        return of_protocols
 
     def check(self, task: Dataset) -> None:
         """Raises DataError, which names the file and the line, for a gold text that cannot be scored, and for a row
         whose target adapter is another one of the pool than that of the file's name."""
         for number, row in enumerate(task.rows, start=1):
             if row.adapter not in (None, task.name) and row.adapter in self._logo.names:
-                expected = "expected a row of the adapter that the file is named after"
-                found = f"found one of {row.adapter!r}; put it into {row.adapter}.jsonl"
-                raise DataError(f"{task.file}:{number}: {expected}, {found}")
+                raise DataError(
+                    f"{task.file}:{number}: expected a row of the adapter that the file is named after, found one of "
+                    f"{row.adapter!r}; put it into {row.adapter}.jsonl"
+                )
             if row.completion:
                 try:
                     with cuts_told_by_row():
@@ -204,9 +207,9 @@ class Measurer:
     def _trials(self, task: Dataset) -> list[Trial]:
         """The protocols of a task's rows."""
         names = self._logo.names
-        others = tuple(name for name in names if name != task.name)
+        without_target = tuple(name for name in names if name != task.name)
         return [
-            Trial(task, protocol, others if protocol == REMOVED else None)
+            Trial(task, protocol, without_target if protocol == REMOVED else None)
             for protocol in self.contest.of(task.name, names)
         ]
 
@@ -338,21 +341,21 @@ def run_study(
     """
     facts = measurer.facts
     methods = list(measurer.contest.methods.values())
-    asked = measurer.asked(tasks)
-    for task, method in itertools.product(asked, methods):
+    tasks = measurer.tasks_of_protocols(tasks)
+    for task, method in itertools.product(tasks, methods):
         warn_of_copies(task, method)
-    for task in asked:
+    for task in tasks:
         measurer.check(task)
-    measurer.warn_of_known_prompts(asked)
+    measurer.warn_of_known_prompts(tasks)
     learner = next((method for method in methods if method.needs == "train"), None)
-    identity = {**facts.identity, "tasks": {task.name: dataset_identity(task, learner) for task in asked}}
+    identity = {**facts.identity, "tasks": {task.name: dataset_identity(task, learner) for task in tasks}}
     begun = {**identity, "environment": dict(facts.environment)}
     stands = None if overwrite else functools.partial(is_done, folder, identity, begun, files=(RUN, ROWS))
     began = datetime.now(timezone.utc)
     with closing(Partial(folder, begun, fresh=overwrite or facts.order is not None, stands=stands)) as partial:
         if partial.done:
             return _stored_report(folder, facts)
-        _measure_missing(asked, measurer, partial, tell)
+        _measure_missing(tasks, measurer, partial, tell)
         report = summary(list(partial.records.values()))
         about = {
             "date": began.isoformat(timespec="seconds"),
