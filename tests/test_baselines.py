@@ -260,8 +260,11 @@ def test_minimise(size: int) -> None:
 
 
 def test_what_nevergrad_warns_of_stays_inside() -> None:
-    """Also in a process in which nothing has imported it, and with another seed of cma."""
-    code = "from logo.baselines.lorahub import minimise; minimise(lambda w: sum(x * x for x in w), 3, 8, 1.5, 0)"
+    """Of its import, and of its threads."""
+    code = (
+        "from logo.baselines.lorahub import minimise\n"
+        "for size, budget in (3, 1), (16, 40): minimise(lambda w: sum(x * x for x in w), size, budget, 1.5, 0)"
+    )
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

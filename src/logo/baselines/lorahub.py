@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def minimise(
     with warnings.catch_warnings():
         # nevergrad and cma warn when they are imported, and nevergrad of optimisers that it has chosen itself.
         warnings.simplefilter("ignore")
-        with _repeatable(seed):
+        with _repeatable(seed), _threads_ended():
             weights = [float(weight) for weight in _optimised(loss, size, budget, bound, seed)]
     return weights, loss(weights)
 
@@ -112,6 +113,22 @@ def _repeatable(seed: int) -> Iterator[None]:
             yield
     finally:
         numpy.random.set_state(state)
+
+
+@contextmanager
+def _threads_ended() -> Iterator[None]:
+    """Behind the block, the threads that nevergrad has started in it have ended. It tells them to stop, and does not
+    wait; they would go on to warn."""
+    from nevergrad.optimization.recaster import _MessagingThread
+
+    before = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        for thread in set(threading.enumerate()) - before:
+            if isinstance(thread, _MessagingThread):
+                thread.stop()
+                thread.join()
 
 
 def _as_float(value: Any) -> float:
