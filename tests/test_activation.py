@@ -25,7 +25,7 @@ from logo.api.names import MixtureRequest
 from logo.errors import AdapterError, PoolError, StorageError, UsageError
 from logo.prefix_cache import PrefixCache, reusable
 from logo.selection import scorer
-from logo.serve.batching import Memory
+from logo.serve.memory import Memory
 from logo.serve.sampling import Sampling
 from logo.serve.service import Service
 from make_adapters import edit_config, load_peft, write, write_peft

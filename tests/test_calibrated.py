@@ -33,7 +33,7 @@ from logo.selection import calibration
 from logo.selection.reference import UNIT, USUAL
 from logo.selection.texts import NEUTRAL, REQUESTS, windowed
 from logo.selection.whitening import Whitening
-from logo.serve.batching import Memory
+from logo.serve.memory import Memory
 from logo.serve.service import Service
 from make_adapters import everyones_folder, lock
 from test_engine import write_adapter

@@ -24,7 +24,8 @@ from logo.api.names import MixtureRequest
 from logo.core import Prompt, Selection
 from logo.decoding import Batch, Decoding, call_config
 from logo.errors import AdapterError, ModelError, NotFinite, PoolError, UsageError
-from logo.serve.batching import Job, Memory
+from logo.serve.batching import Job
+from logo.serve.memory import Memory
 from logo.serve.packed import HeldMixture
 from logo.serve.sampling import Sampling
 from logo.serve.service import Service
@@ -222,41 +223,6 @@ def test_requests_that_come_while_a_step_ends_share_one_probe(
     for chosen, want in zip(found, alone, strict=False):
         assert chosen.chosen.selection.adapters == want.adapters
         chosen.release()
-
-
-def test_between_two_pauses_there_is_a_step(llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many selections there are, answers go on; and no step begins in a pause."""
-    logo, ids = engine(llama, adapters, unscorable="skip"), tiny.prompts([20], seed=8)[0]
-
-    async def use(service: Service) -> tuple[int, ...]:
-        batching, steps, seen, ended = service.batching, list[bool](), list[int](), threading.Event()
-        ordinary, inside = batching._step, set[int]()
-
-        def step() -> None:
-            steps.append(bool(inside))
-            ordinary()
-
-        def pause() -> None:
-            while not ended.is_set():
-                with batching.paused():
-                    inside.add(threading.get_ident())
-                    if batching._waiting or batching._active:
-                        seen.append(len(steps))
-                    inside.remove(threading.get_ident())
-
-        monkeypatch.setattr(batching, "_step", step)
-        pausing = [asyncio.create_task(asyncio.to_thread(pause)) for _ in range(2)]
-        try:
-            tokens, *_ = await asyncio.wait_for(answer(service, ids, MixtureRequest({}), Sampling(40)), PATIENCE)
-        finally:
-            ended.set()
-        await asyncio.gather(*pausing)
-        assert not any(steps) and len(seen) > 1
-        # Two that pause may do so together, but not one of them twice.
-        assert all(seen.count(number) <= 2 for number in seen)
-        return tokens
-
-    assert served(logo, use) == alone(logo, [ids], [MixtureRequest({})], 40)[0][0]
 
 
 def test_a_step_that_fails_ends_one_sequence_and_no_other(adapters: Path) -> None:

@@ -30,7 +30,7 @@ from logo.demo import adapters_dir
 from logo.serve import app as app_module
 from logo.serve import reading
 from logo.serve.app import AppSettings, create_app
-from logo.serve.batching import Memory
+from logo.serve.memory import Memory
 from logo.serve.service import Service
 from serving import endless
 from tolerances import PATIENCE

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -20,17 +22,19 @@ from torch import nn
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from http_server import eventually, serving
-from logo.api.errors import ApiError, failed
+from logo.api.errors import ApiError, NotReady, failed
 from logo.api.guards import GuardSettings
 from logo.api.layers import guard
 from logo.api.logs import RequestIds
 from logo.errors import AdapterError, DataError, NotFinite, PoolError, StorageError, UsageError, is_out_of_memory
 from logo.mixing.cache import ADAPTER_SHARE
 from logo.plugins import running
-from logo.serve import batching
+from logo.serve import memory
 from logo.serve.batched_cache import BatchedCache
-from logo.serve.batching import Memory, MemoryPlan
+from logo.serve.memory import Memory, MemoryPlan
 from logo.serve.sampling import Draw, Sampling, next_tokens
+from logo.serve.turns import Turns
+from tolerances import PATIENCE
 
 VOCABULARY = 12
 SAMPLING = st.builds(
@@ -137,7 +141,7 @@ def test_every_failure_has_an_answer() -> None:
 
 
 def test_memory_is_told_in_a_line_and_refused_where_it_is_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "free_bytes", lambda devices: 10**9)
+    monkeypatch.setattr(memory, "free_bytes", lambda devices: 10**9)
     model = nn.Linear(1000, 1000, bias=False)
     plan = MemoryPlan.of(model, int(ADAPTER_SHARE * 10**9), Memory())  # the defaults fit beside each other
     assert (plan.model, plan.kv, plan.free) == (4_000_000, 300_000_000, 10**9)
@@ -217,6 +221,40 @@ def test_keys_and_values_take_what_they_may_and_no_more(most: int) -> None:
         assert count <= rows and cache.columns < columns and rows * columns <= most
         cache.columns += 1
     assert [at for at, _ in seen(cache, 10)] == list(range(40, 30, -1))
+
+
+# -- turns -----------------------------------------------------------------------------------------------------------
+
+
+def test_between_two_pauses_there_is_a_step_and_none_is_made_in_a_pause() -> None:
+    """However many selections there are, answers go on."""
+    steps: list[bool] = []  # whether somebody paused meanwhile
+    pausing: set[int] = set()
+    seen: list[int] = []  # how many steps there were at each pause
+    turns = Turns(lambda: len(steps) < 200)
+
+    def step() -> None:
+        while turns.next_step():
+            steps.append(bool(pausing))
+
+    def pause() -> None:
+        while len(steps) < 200:
+            with turns.pause():
+                pausing.add(threading.get_ident())
+                seen.append(len(steps))
+                pausing.remove(threading.get_ident())
+
+    with ThreadPoolExecutor(3) as threads:
+        stepping = threads.submit(step)
+        for future in [threads.submit(pause) for _ in range(2)]:
+            future.result(PATIENCE)
+        turns.stop()
+        stepping.result(PATIENCE)
+    assert len(steps) == 200 and not any(steps)
+    # Two that pause may do so together, but not one of them twice.
+    assert all(seen.count(number) <= 2 for number in set(seen) - {200})
+    with pytest.raises(NotReady, match="generation has stopped"), turns.pause():
+        pass
 
 
 # -- draws -----------------------------------------------------------------------------------------------------------

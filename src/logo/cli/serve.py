@@ -59,7 +59,7 @@ def serve(
 
     from logo.api.names import check_pool, unmatched
     from logo.serve.app import AppSettings
-    from logo.serve.batching import Memory
+    from logo.serve.memory import Memory
     from logo.serve.running import serve as run
     from logo.serve.service import Service
 

@@ -1,1 +1,1 @@
-"""What uses Ray: the rows of an evaluation (`workers`, `rows`), and replicas of vLLM's server (`replicas`)."""
+"""What uses Ray: the rows of an evaluation (`workers`), and replicas of vLLM's server (`replicas`)."""

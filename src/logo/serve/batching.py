@@ -28,74 +28,18 @@ from logo.api.errors import NotReady
 from logo.core import FinishReason
 from logo.decoding import OVERFLOW
 from logo.endings import EndRule, end_tokens
-from logo.errors import ModelError, NotFinite, UsageError
-from logo.mixing.cache import AdapterCache, bytes_of, free_bytes
+from logo.errors import ModelError, NotFinite
+from logo.mixing.cache import AdapterCache
 from logo.models import input_device, padded, text_config, without_autocast
 from logo.prefix_cache import PrefixCache, cache_argument, laid_out, reusable
 from logo.serve.batched_cache import BatchedCache
+from logo.serve.memory import Memory, MemoryPlan
 from logo.serve.packed import HeldMixture, Packed
 from logo.serve.sampling import NO_TOKEN, Draw, Sampling, next_tokens
 from logo.serve.scheduling import Schedule
+from logo.serve.turns import STOPPED, Turns
 
-# The default for keys and values, which take twice as much while they are copied: this share of what is free beside the
-# model, of which adapters get 0.3, too; on a CPU, where other programs need memory, at most so many bytes.
-_SHARE, _USUAL = 0.3, 2e9
-STOPPED = "generation has stopped; restart the server"
 _log = logging.getLogger("logo.serve")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The limits of sequences.
-
-    Attributes:
-        concurrent: the most of one step.
-        kv_cache_gb: memory (10⁹ bytes) for keys and values on the model's device; None: a share of the free memory.
-        step_tokens: the most tokens of prompts that are read between two steps of the running answers.
-    """
-
-    concurrent: int = 64
-    kv_cache_gb: float | None = None
-    step_tokens: int = 512
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes on a model's devices: of the weights, the most for adapters and for keys and values, and what is free."""
-
-    model: int
-    adapters: int
-    kv: int
-    free: int
-
-    @classmethod
-    def of(cls, model: Any, adapters: int, memory: Memory) -> MemoryPlan:
-        """Plans the memory of a server; UsageError: it needs more than there is."""
-        tensors = [*model.parameters(), *model.buffers()]
-        devices = {tensor.device for tensor in tensors}
-        free = free_bytes(devices)
-        usual = min(_SHARE * free, _USUAL if devices == {torch.device("cpu")} else free)
-        kv = int(usual) if memory.kv_cache_gb is None else bytes_of("--kv-cache-gb", memory.kv_cache_gb)
-        plan = cls(sum(tensor.nbytes for tensor in tensors), adapters, kv, free)
-        if adapters + kv > free:
-            together = "adapters and keys and values together do not fit"
-            raise UsageError(f"{plan.line}: {together}; lower --adapter-memory-gb or --kv-cache-gb")
-        return plan
-
-    def tokens(self, token_bytes: int, prefix_bytes: int) -> int:
-        """How many tokens of `token_bytes` have room, padding included, beside so many bytes for prompt prefixes;
-        UsageError: none."""
-        if prefix_bytes >= self.kv:
-            nothing = f"leave nothing of the {self.kv / 1e9:.2f} GB for keys and values (--kv-cache-gb)"
-            raise UsageError(f"{prefix_bytes / 1e9:.2f} GB for prompt prefixes {nothing}")
-        return max(1, (self.kv - prefix_bytes) // token_bytes)
-
-    @property
-    def line(self) -> str:
-        """The plan in one line."""
-        model, adapters, kv, free = (f"{size / 1e9:.2f} GB" for size in (self.model, self.adapters, self.kv, self.free))
-        most = f"up to {adapters} of adapters · up to {kv} of keys and values"
-        return f"Memory: model {model} · {most} · {free} free beside the model"
 
 
 # An answer, its new token ids, and why it ended; None until it does.
@@ -180,14 +124,9 @@ class Batching:
         self._rows = BatchedCache(one_token, kv_tokens)
         self._packed = Packed(adapters)
         self._gated: Sequence[Job] | None = None  # the rows whose gates are set
-        # What other threads tell the one that generates, under the lock of `_change`.
-        self._change = threading.Condition()
-        self._waiting: list[Job] = []  # replaced or extended under the lock
-        self._pausing = 0  # how many threads wait for a pause or have one
-        self._inside = 0  # how many have one
-        self._owed = False  # a step has to come before the next pause, since the last one kept sequences waiting
-        self._stepping = False
-        self._stopped = False
+        # What other threads tell the one that generates.
+        self._waiting: list[Job] = []  # replaced or extended under the lock of the turns
+        self._turns = Turns(lambda: bool(self._waiting or self._active))
         self._thread: threading.Thread | None = None
         # What it tells callers.
         self._news: list[Job] = []  # whose callers have not heard yet ...
@@ -209,38 +148,23 @@ class Batching:
 
     def stop(self) -> None:
         """Ends all generation, and the thread."""
-        with self._change:
-            self._stopped = True
-            self._change.notify_all()
+        self._turns.stop()
         if self._thread is not None:
             self._thread.join()
 
     @property
     def alive(self) -> bool:
         """Whether answers can be generated."""
-        return self._thread is not None and self._thread.is_alive() and not self._stopped
+        return self._thread is not None and self._thread.is_alive() and not self._turns.stopped
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside the block the caller may use the model: sequences wait, and no mixture is active. Between two blocks
         there is a step, if there are sequences. NotReady: generation has stopped."""
-        with self._change:
-            self._pausing += 1
-            self._change.wait_for(lambda: self._stopped or not (self._stepping or self._owed))
-            if self._stopped:
-                self._pausing -= 1
-                raise NotReady(STOPPED)
-            self._inside += 1
-        try:
+        with self._turns.pause():
             self._packed.clear()
             self._gated = None
             yield
-        finally:
-            with self._change:
-                self._pausing -= 1
-                self._inside -= 1
-                self._owed = bool(self._waiting or self._active)
-                self._change.notify_all()
 
     @property
     def running(self) -> int:
@@ -266,11 +190,11 @@ class Batching:
         news = jobs[0].news  # one event for all of them
         for job in jobs:
             job.news = news
-        with self._change:
+        with self._turns.lock:
             if not self.alive:
                 raise NotReady(STOPPED)
             self._waiting += jobs
-            self._change.notify_all()
+            self._turns.lock.notify_all()
         late = asyncio.Event()
         timers = [] if deadline is None else [self._loop.call_at(deadline, event.set) for event in (late, news)]
         heard = dict.fromkeys(jobs, 0)  # how many tokens of each the caller has
@@ -295,39 +219,22 @@ class Batching:
         finally:
             for timer in timers:
                 timer.cancel()
-            with self._change:
+            with self._turns.lock:
                 for job in jobs:
                     job.left = True
-                self._change.notify_all()
+                self._turns.lock.notify_all()
 
     def _run(self) -> None:
         try:
             with self._packed.hooks(), torch.inference_mode():
-                while self._begun():
+                while self._turns.next_step():
                     self._step()
         finally:
-            with self._change:
-                self._stopped = True
-                self._stepping = False
-                self._change.notify_all()
+            self._turns.ended()
             for job in (*self._active, *self._waiting):
                 job.error = job.error or NotReady(STOPPED)
                 self._news.append(job)
             self._hand_out()
-
-    def _begun(self) -> bool:
-        """Waits until there is something to do, and nobody else uses the model; false once generation has stopped."""
-        with self._change:
-            self._stepping = False
-            self._change.notify_all()
-            self._change.wait_for(self._may_step)
-            self._stepping = not self._stopped
-            self._owed = False
-            return self._stepping
-
-    def _may_step(self) -> bool:
-        free = not self._inside if self._owed else not self._pausing
-        return self._stopped or (free and bool(self._waiting or self._active))
 
     def _step(self) -> None:
         """Reads some of the prompts that wait, and gives every row one token."""
@@ -346,7 +253,7 @@ class Batching:
     def _read_prompts(self) -> None:
         """Reads prompts, as many as the schedule allows before the next step of the rows."""
         read = 0
-        while not (self._pausing and read >= self.schedule.step_tokens):
+        while not (self._turns.pause_is_wished and read >= self.schedule.step_tokens):
             running = [job for job in self._active if not job.ended]
             room = self.schedule.room_to_read(read, self._waiting, running)
             jobs = self.schedule.next_prompts(room, self._waiting, running) if room else []
@@ -358,7 +265,7 @@ class Batching:
 
     def _drop_waiting(self) -> None:
         """Those that do not wait any more leave the line."""
-        with self._change:  # callers add jobs
+        with self._turns.lock:  # callers add jobs
             self._waiting = [job for job in self._waiting if not (job.begun or job.ended or job.left)]
 
     def _in_halves(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], int]) -> int:

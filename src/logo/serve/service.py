@@ -31,8 +31,10 @@ from logo.engine import LoGo
 from logo.errors import CacheFull, LoGoError, PoolError, UsageError, listed
 from logo.mixing.mixer import Mixture
 from logo.selection.selector import forced, known
-from logo.serve.batching import STOPPED, Batching, Job, Memory, News
+from logo.serve.batching import Batching, Job, News
+from logo.serve.memory import Memory
 from logo.serve.packed import HeldMixture
+from logo.serve.turns import STOPPED
 from logo.state import EngineState
 
 _PROBED = 16  # the most prompts of a probe
