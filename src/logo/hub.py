@@ -52,11 +52,12 @@ def split_hub_spec(text: str) -> tuple[str, str | None, str | None]:
     The revision comes last and may contain slashes (`org/pool/tasks@refs/pr/4`)."""
     source, at, revision = text.partition("@")
     parts = source.split("/", 2)
-    repo_id, rest = "/".join(parts[:2]), "".join(parts[2:])
+    repo_id = "/".join(parts[:2])
+    subfolder = "".join(parts[2:])
     if not is_repo_id(repo_id) or (at and not revision):
         raise UsageError(f"{text!r} is neither a folder that exists nor a Hub repo (org/name[/folder][@revision])")
     check_revision(repo_id, revision or None)
-    return repo_id, clean_subfolder(repo_id, rest) or None, revision or None
+    return repo_id, clean_subfolder(repo_id, subfolder) or None, revision or None
 
 
 def clean_subfolder(repo_id: str, subfolder: str | None) -> str:

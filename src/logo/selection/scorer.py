@@ -97,6 +97,31 @@ class BaseReader:
         rows = [self.encoded(reading.signal, adapter.examples) if adapter.examples else [] for adapter in adapters]
         return examples_of(reading, rows, points, [self.device_at(point) for point in points], self.runner)
 
+    def index_requests(
+        self,
+        adapters: Sequence[Adapter],
+        points: Sequence[Point],
+        spaces: Mapping[str, Whitening],
+        earlier: Sequence[ScoringIndex],
+    ) -> list[IndexRequest]:
+        """The indices of points that are to be read, each of the adapters that touch it.
+
+        Args:
+            spaces: the whitenings by modules of points.
+            earlier: indices of the same signal, for an earlier state of the pool.
+        """
+        before = {index.point: index for index in earlier}
+        return [
+            IndexRequest(
+                adapters=[adapter for adapter in adapters if point.module in adapter.modules],
+                point=point,
+                device=self.device_at(point),
+                whitening=spaces.get(point.module),
+                before=before.get(point),
+            )
+            for point in points
+        ]
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -163,19 +188,8 @@ class Scorer:
             spaces = whitenings(reading, points, base.runner)
             examples = base.examples(reading, settings, planned.adapters, points)
             reading.store.release(reading.key)
-        earlier: dict[Point, ScoringIndex] = {}
-        if before is not None and before.signal == signal_read:
-            earlier = {index.point: index for index in before.indices}
-        requests = [
-            IndexRequest(
-                adapters=[adapter for adapter in planned.adapters if point.module in adapter.modules],
-                point=point,
-                device=base.device_at(point),
-                whitening=spaces.get(point.module),
-                before=earlier.get(point),
-            )
-            for point in points
-        ]
+        earlier = before.indices if before is not None and before.signal == signal_read else ()
+        requests = base.index_requests(planned.adapters, points, spaces, earlier)
         store = None if reading is None else reading.store
         indices = read_indices(requests, tell, store, "" if reading is None else f"{reading.key}/rows")
         places = [Place(number, index) for number, index in enumerate(indices)]
