@@ -18,7 +18,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -345,31 +345,40 @@ def read_header(shapes: Shapes, config: LoraConfig) -> tuple[dict[str, LoraModul
         raise Refusal(f"tensor {_short(longest)} has a name of {len(longest)} characters, more than {_LONGEST_NAME}")
     paths = {key: module_path(key) for key, _ in shapes}
     copies = {key: path for key, path in paths.items() if path.endswith(".weight") and not _TRAINED.search(key)}
-    whole = {path.removesuffix("weight") + "bias" for path in copies.values()}
-    copies |= {key: path for key, path in paths.items() if path in whole}
-    names: set[str] = set()
-    sides: dict[str, dict[str, Tensor]] = {}
+    biases = {path.removesuffix("weight") + "bias" for path in copies.values()}
+    copies |= {key: path for key, path in paths.items() if path in biases}
+    pairs = _pairs([(key, shape) for key, shape in shapes if key not in copies])
+    _check_patterns(config, pairs)
+    return {path: _module(path, pair, config) for path, pair in pairs.items()}, copies
+
+
+def _pairs(shapes: Iterable[Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Module path -> side, A or B, -> its tensor."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    names: set[str] = set()  # of adapters
     for key, shape in shapes:
-        if key in copies:
-            continue
         match = _LORA_KEY.match(key) or _EMBEDDING_KEY.match(key)
         if match is None:
             raise Refusal(next(why for has, why in _OTHER_TENSORS.items() if re.search(has, key)).format(key=key))
         names.add(match["adapter"] or "unnamed")
-        pair = sides.setdefault(module_path(match["module"]), {})
+        pair = pairs.setdefault(module_path(match["module"]), {})
         if match["side"] in pair and len(names) == 1:
             raise Refusal(f"two tensors for one module: {pair[match['side']][0]} and {key}")
         pair[match["side"]] = key, shape
     if len(names) > 1:
         raise Refusal(f"the file holds several adapters ({', '.join(sorted(names))}); save each in a folder of its own")
-    if not sides:
+    if not pairs:
         raise Refusal("the file holds no LoRA tensors: it would do nothing")
+    return pairs
+
+
+def _check_patterns(config: LoraConfig, modules: Collection[str]) -> None:
+    """Raises Refusal if it might take for ever to look up these modules."""
     for setting, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        bad = endless((key for key, _ in pattern), sides)
-        if bad is not None:
+        key = endless([key for key, _ in pattern], modules)
+        if key is not None:
             expected = "expected names of modules, with few wildcards and no repeated groups"
-            raise Refusal(f"{setting} has the key {_short(bad)}, which may take for ever to match: {expected}")
-    return {path: _module(path, pair, config) for path, pair in sides.items()}, copies
+            raise Refusal(f"{setting} has the key {_short(key)}, which may take for ever to match: {expected}")
 
 
 def _module(path: str, pair: dict[str, Tensor], config: LoraConfig) -> LoraModule:

@@ -130,7 +130,7 @@ class Scorer:
     Attributes:
         signal: the registered signal with the window and the activations of the pool.
         indices: one per point that is read, of the adapters that touch it.
-        places: fewer indices with the same rows.
+        places: the same rows in fewer indices, with one product for all points that read the same vectors.
         probe: reads the hidden vectors of these points.
         calibration: what responses are compared with; None for signals of the scale `"raw"`.
         examples: described example prompts; None: no adapter has any, or they are not used.

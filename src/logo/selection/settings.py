@@ -84,18 +84,9 @@ class SelectionSettings:
         check_choice("unscorable", self.unscorable, Unscorable)
         if self.cache is not None:
             check_type("cache", self.cache, (str, PathLike), "a folder")
-        window: Any = tuple(self.window) if isinstance(self.window, list) else self.window  # as JSON has it
-        numbers = isinstance(window, tuple) and len(window) == 2 and all(type(count) is int for count in window)
-        if window not in (None, WHOLE) and (not numbers or min(window) < 0 or sum(window) == 0):
-            raise UsageError(f"window: expected {WHOLE} or (first tokens, last tokens), found {window!r:.60}")
-        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "window", _checked_window(self.window))
         if self.calibration_prompts is not None:
-            check_type("calibration_prompts", self.calibration_prompts, (list, tuple), "a list of texts")
-            for text in self.calibration_prompts:
-                check_type("calibration_prompts", text, str, "texts")
-            texts = [text for text in self.calibration_prompts if text.strip()]
-            if len(texts) < 8:
-                raise UsageError(f"calibration_prompts: expected 8 or more, found {len(texts)} that are not blank")
+            _check_calibration_prompts(self.calibration_prompts)
         raw = get_signal(self.signal).scale == "raw"
         _check_weighting(self.weighting, self.signal, raw)
         _check_unsure(self.when_unsure, self.signal, raw)
@@ -182,6 +173,29 @@ def check_context(context: ProbeContext, signal: str) -> None:
     if context != "base" and get_signal(signal).scale != "raw":
         why = f"the signal {signal!r} compares with neutral text that the base model read alone"
         raise UsageError(f"probe_context {context!r}: {why}; use 'base'")
+
+
+def _checked_window(window: Any) -> Window | None:
+    """The window, where JSON's list is a pair; None: the usual one. Raises UsageError if it is none."""
+    if window is None:
+        return None
+    if window == WHOLE:
+        return WHOLE
+    pair = isinstance(window, (list, tuple)) and len(window) == 2 and all(type(count) is int for count in window)
+    if not pair or min(window) < 0 or sum(window) == 0:
+        found = tuple(window) if isinstance(window, list) else window
+        raise UsageError(f"window: expected {WHOLE} or (first tokens, last tokens), found {found!r:.60}")
+    head, tail = window
+    return head, tail
+
+
+def _check_calibration_prompts(prompts: Any) -> None:
+    check_type("calibration_prompts", prompts, (list, tuple), "a list of texts")
+    for text in prompts:
+        check_type("calibration_prompts", text, str, "texts")
+    texts = [text for text in prompts if text.strip()]
+    if len(texts) < 8:
+        raise UsageError(f"calibration_prompts: expected 8 or more, found {len(texts)} that are not blank")
 
 
 def _candidates(names: Any, pool: AdapterPool) -> frozenset[str]:
