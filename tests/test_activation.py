@@ -299,6 +299,19 @@ def test_a_stream_reads_its_prompt_once(tmp_path: Path) -> None:
     assert seen == [100, 90, 90, 4, 1, 1] and logo.prefix_cache.bytes == 0
 
 
+def test_what_was_read_before_weights_changed_is_read_again(tmp_path: Path) -> None:
+    model, later = (tiny.model("llama", seed=seed, eos_token_id=None) for seed in (0, 7))
+    folder = notes(pool_of(tmp_path, model), "last:4")
+    logo, [prompt] = engine(model, folder), tiny.prompts([60])
+    logo.generate(prompt, adapters={"t0": 1.0}, max_new_tokens=6)
+    stream = logo.stream(prompt, adapters={"t0": 1.0}, max_new_tokens=6)  # it holds what was read
+    model.load_state_dict(later.state_dict())
+    expected = engine(later, folder).generate(prompt, adapters={"t0": 1.0}, max_new_tokens=6)
+    assert logo.generate(prompt, adapters={"t0": 1.0}, max_new_tokens=6).token_ids == expected.token_ids
+    list(stream)
+    assert logo.generate(prompt, adapters={"t0": 1.0}, max_new_tokens=6).token_ids == expected.token_ids
+
+
 def test_nothing_is_cached_while_a_mixture_is_active(tmp_path: Path) -> None:
     model = tiny.model("llama", eos_token_id=None)
     folder = notes(pool_of(tmp_path, model), "last:4")
@@ -432,6 +445,19 @@ def test_a_mixture_is_written_with_where_it_acts(kind: str, tmp_path: Path) -> N
     assert [str(one) for one in written.fitted.activations] == [kind]
     want = logo.generate(prompt, adapters=MIXTURES[0], max_new_tokens=6)
     assert written.generate(prompt, adapters={"one": 1.0}, max_new_tokens=6).token_ids == want.token_ids
+
+
+def test_a_mixture_of_two_invocations_is_not_written(tmp_path: Path) -> None:
+    """Nor is the user told to let its adapters act everywhere, where they were not trained to act."""
+    model = tiny.model("llama", eos_token_id=None)
+    folder = pool_of(tmp_path / "pool", model, alora_invocation_tokens=INVOKE)
+    edit_config(folder / "t1", alora_invocation_tokens=[9])
+    with pytest.raises(UsageError) as refused:
+        engine(model, folder).save_mixture({"t0": 0.5, "t1": 0.5}, tmp_path / "out")
+    assert str(refused.value) == (
+        "the mixture's adapters act on different tokens ('t0' from the tokens [7, 8] on, 't1' from the tokens [9] on): "
+        "write those that act on the same tokens alone"
+    )
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "static"])

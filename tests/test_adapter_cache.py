@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -105,6 +107,25 @@ def test_whoever_comes_and_goes_all_have_their_factors_within_the_budget(
         except CacheFull as full:
             assert "--adapter-memory-gb" in str(full)
         settled(one)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_loads_what_its_parent_has_not() -> None:
+    """Threads are not forked, so that nobody would load it."""
+    one = cache()
+    with one.held([adapter(0)]):  # which begins the thread
+        child = os.fork()
+        if not child:
+            signal.alarm(int(PATIENCE))
+            code = 1
+            try:
+                with one.held([adapter(0), adapter(1)]) as hold:
+                    check(one, hold)
+                    code = 0
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_what_was_used_longest_ago_gives_way_and_never_what_is_held() -> None:

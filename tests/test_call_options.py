@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from logo.core import Prompt
 from logo.errors import LoGoError, NotFinite
 from logo.opening import LOCAL_OPTIONS
 from logo.selection.selector import RESPONSES
+from logo.selection.settings import OPTIONS
 from test_calibrated import PROMPTS, tokenizer
 from test_engine import ids_of, write_adapter
 from tiny import LONG
@@ -56,10 +58,11 @@ def logo(model: nn.Module, folder: Path) -> LoGo:
 
 
 LINEAR = {"signal": "calibrated", "weighting": "linear", "k": 6}
+UNSURE = {"signal": "calibrated", "prior": 0.001, "when_unsure": "base"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [*({"signal": signal} for signal in SIGNALS), {"k": 1}, LINEAR], ids=str)
+@pytest.mark.parametrize("options", [*({"signal": signal} for signal in SIGNALS), {"k": 1}, LINEAR, UNSURE], ids=str)
 @pytest.mark.parametrize("own", ["norm", "calibrated"])
 def test_a_call_is_answered_as_by_an_engine_made_so(
     own: str, options: dict[str, Any], logo: LoGo, model: nn.Module, folder: Path
@@ -193,6 +196,9 @@ def test_options_that_cannot_be_used_are_told_in_a_line(logo: LoGo) -> None:
         ({"k": True}, UsageError, f"k: {WHOLE} True"),
         ({"weighting": "sharp"}, UsageError, "weighting: expected one of linear, adaptive"),
         ({"weighting": "adaptive"}, UsageError, "the signal 'norm' has no scale of its own"),
+        ({"prior": 1}, UsageError, "prior: expected a probability between 0 and 1, found 1"),
+        ({"when_unsure": "ask"}, UsageError, "when_unsure: expected one of mix, base, refuse, found 'ask'"),
+        ({"when_unsure": "base"}, UsageError, "when_unsure 'base': the signal 'norm' does not say how sure it is"),
         ({"candidates": []}, UsageError, "candidates: expected one adapter or more, found none"),
         ({"candidates": 5}, UsageError, "candidates: expected names of ada"),
         ({"candidates": ["t1", "t7"]}, PoolError, "no adapter 't7' in the pool of 6"),
@@ -218,6 +224,9 @@ def test_arguments_that_cannot_be_used_are_told_in_a_line(logo: LoGo) -> None:
         ("generate", (["w3", "w4"],), {"adapters": [{}]}, "expected one entry for each of 2 prompts, found 1"),
         ("generate", ("w3",), {"adapters": {5: 1.0}}, "no adapter 5 in the pool"),
         ("generate", ("w3",), {"adapters": {"t1": 1.0}, "k": 2}, "k selects adapters, but"),
+        ("generate", ("w3",), {"adapters": {"t1": 1.0}, "prior": 0.5}, "prior selects adapters, but"),
+        ("generate", (Prompt((1, 5), ()),), {}, "prompt 1: expected a token or more to be probed, found none; Prompt"),
+        ("select", (Prompt((1, -5), (1,)),), {}, "prompt 1: expected token ids from 0 to 95, which the .*, found -5"),
         ("generate", ("w3",), {"stop": 5}, "stop: expected a text or a list of texts, found 5"),
         ("generate", ("w3",), {"generation_config": {"top_k": 3}}, "generation_config: expected a transf"),
         ("score", (["w3"], "w4", [{}]), {}, "expected one prompt, found a list of texts"),
@@ -238,6 +247,15 @@ def test_arguments_that_cannot_be_used_are_told_in_a_line(logo: LoGo) -> None:
 def test_a_pool_is_opened_before_an_engine_is_made_of_it(logo: LoGo) -> None:
     with pytest.raises(UsageError, match=r"pool: expected an AdapterPool, .* found 'adapter"):
         LoGo(logo.model, logo.tokenizer, "adapters/")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"settings: expected a SelectionSettings, such as .*, found \{'k': 3\}"):
+        LoGo(logo.model, logo.tokenizer, logo.pool, settings={"k": 3})  # type: ignore[arg-type]
+
+
+def test_signatures_list_the_options_of_a_call() -> None:
+    for call in (LoGo.generate, LoGo.stream):
+        assert set(OPTIONS) <= set(inspect.signature(call).parameters)
+    for call in (LoGo.select, LoGo.score, LoGo.reselect, LoGo.options):
+        assert inspect.signature(call).parameters["options"].annotation == "Unpack[CallOptions]"
 
 
 def test_a_selection_is_chosen_again_from_its_own_signals_scores(logo: LoGo) -> None:
@@ -252,6 +270,9 @@ def test_a_selection_is_chosen_again_from_its_own_signals_scores(logo: LoGo) -> 
         assert logo.reselect(made.scores, signal=signal) == made  # scores alone do not say whose they are
         with pytest.raises(UsageError, match=f"signal 'entropy': the selection has the scores of '{signal}'"):
             logo.reselect(made, signal="entropy")
+    three = logo.select(PROMPTS[0], candidates=NAMES[:3])
+    with pytest.raises(PoolError, match=r"expected the score of a candidate, found those of 3 .*: select again"):
+        logo.reselect(three, candidates=NAMES[3:])
     with pytest.raises(UsageError, match="adapters: expected names with a number as the weight of each, found"):
         Selection.forced(["t1"])  # type: ignore[arg-type]
     # Adapters that are not there were selected as if they were.
@@ -272,23 +293,20 @@ def test_a_context_that_is_not_the_bases_goes_with_raw_signals_only(model: nn.Mo
     assert all(set(one.adapters) <= {"t0", "t1", "t2"} for one in found)
 
 
-def test_a_batch_that_fails_leaves_nothing_for_the_next_probe(
-    model: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_fails_leaves_nothing_for_the_next_probe(model: nn.Module, folder: Path) -> None:
     """Each row is probed with the adapters of the one before, whether its batch is tried again in halves or in ones."""
     logo = engine(model, folder, k=1, probe_context="carry")
     prompts = [f"w{i} w{i + 3} w{2 * i}" for i in range(3, 9)]
     expected = [one.selection for one in logo.generate(prompts, max_new_tokens=2)]
     logo.restart()
     assert logo.generate(prompts[:3], max_new_tokens=2)[-1].selection == expected[2]
-    decode = logo._decode
 
-    def failing(batch: Any, streamer: Any) -> Any:
-        if len(batch.rows) > 1:
-            raise UsageError("not so many")
-        return decode(batch, streamer)
+    def fail(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > 1:
+            raise RuntimeError("not so many")
 
-    monkeypatch.setattr(logo, "_decode", failing)
-    with pytest.raises(UsageError, match="not so many"):
+    hook = model.get_input_embeddings().register_forward_pre_hook(fail)  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="not so many"):
         logo.generate(prompts[3:], max_new_tokens=2)
+    hook.remove()
     assert [logo.generate(one, max_new_tokens=2).selection for one in prompts[3:]] == expected[3:]

@@ -125,6 +125,21 @@ def test_the_engine_answers_after_what_it_refused(demo: LoGo) -> None:
         assert demo.select(QUESTION) == before
 
 
+def test_whether_ids_are_padded_does_not_depend_on_the_batch() -> None:
+    """A token that pads and ends texts, as in most models of chats, may end a prompt once."""
+    model, tokenizer = load_base("demo")
+    tokenizer.pad_token = tokenizer.eos_token
+    logo = LoGo(model, tokenizer, AdapterPool.open(adapters_dir()), settings=SelectionSettings("norm"))
+    end = tokenizer.eos_token_id
+    plain, ended, padded = [3, 4, 5], [3, 4, end], [3, end, end]
+    alone = logo.select(ended)
+    assert logo.select([plain, ended])[1].scores == same_scores(alone.scores)
+    assert logo.select(torch.tensor([plain, ended]))[1].scores == same_scores(alone.scores)
+    for prompts in (padded, [plain, padded], torch.tensor([plain, padded]), [[end, end, 3], plain]):
+        with pytest.raises(UsageError, match="expected token ids without padding"):
+            logo.select(prompts)
+
+
 # -- the engine --------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +222,15 @@ def test_texts_that_end_with_an_invocation_are_chats_if_the_template_writes_it(t
     for made in (tokenizer, templated):
         [row] = Prompts(made, len(ending) + 3, Truncation(side="right")).texts([QUESTION], ending)
         assert len(row) == len(ending) + 3 and row[-len(ending) :] == ending
+
+
+def test_a_template_that_writes_the_date_gives_the_same_calibration_on_every_day(tokenizer: Any) -> None:
+    """And at every moment, as this one shows, which writes more than the date."""
+    dated = with_template(tokenizer, "{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}" + MARKED)
+    ending = opening(tokenizer)
+    prompts = Prompts(dated, None, Truncation())
+    assert prompts.texts([QUESTION], ending) == prompts.texts([QUESTION], ending)
+    assert chat(dated, TALK).ids != chat(dated, TALK).ids  # what is answered has the time
 
 
 @pytest.mark.slow

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,11 +19,11 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import nn
+from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig, PreTrainedTokenizerFast
 
 import tiny
-from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, Truncation, UsageError
+from logo import AdapterPool, Generation, LoGo, PoolError, Selection, SelectionSettings, Truncation, UsageError
 from logo.adapters.layout import linear_modules, linear_shape
 from logo.cli.app import run
 from logo.decoding import call_config
@@ -118,6 +120,56 @@ def test_a_stream_is_the_answer_in_pieces_and_ends_where_it_is_left(llama: nn.Mo
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "logo-stream"]
     assert hooks(llama) == before
+
+
+def streaming() -> bool:
+    """Whether a stream is being generated."""
+    return any(thread.name == "logo-stream" for thread in threading.enumerate())
+
+
+def test_a_stream_that_is_left_is_ended_by_whoever_has_it(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters)
+    long = {"max_new_tokens": 100, "suppress_tokens": [1]}
+    with logo.stream(PROMPTS[2], **long) as stream:
+        for _ in stream:
+            assert streaming()
+            break
+    assert not streaming() and list(stream) == []
+    for _ in logo.stream(PROMPTS[2], **long):
+        break
+    assert not streaming()
+    stream = logo.stream(PROMPTS[2], **long)
+    assert next(stream)
+    del stream
+    assert not streaming()
+    logo.stream(PROMPTS[2], **long).close()  # before anything is read
+    assert not streaming()
+    answers: list[Generation] = []
+    with logo.stream(PROMPTS[2], **long) as stream:
+        next(stream)
+        waiting = threading.Thread(target=lambda: answers.append(logo.generate(PROMPTS[2], max_new_tokens=2)))
+        waiting.start()
+        stream.close()  # after which the model is free, although this thread goes on
+        waiting.join(PATIENCE)
+    assert answers == [logo.generate(PROMPTS[2], max_new_tokens=2)] or len(answers) == 1
+
+
+ENDS = {"end": 0, "raise RuntimeError('mine')": 1, "sys.exit(3)": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS)
+def test_a_program_may_end_in_the_middle_of_a_stream(end: str) -> None:
+    script = f"""
+import sys
+from logo import LoGo
+stream = LoGo.from_pretrained("demo", device="cpu", signal="norm", k=3).stream("What is 7 plus 5?", min_new_tokens=90)
+next(stream)
+{"" if end == "end" else end}
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
+    assert found.returncode == ENDS[end], found.stderr
+    assert "terminate called" not in found.stderr and ("RuntimeError: mine" in found.stderr) == ("mine" in end)
 
 
 def hooks(model: nn.Module) -> int:
@@ -245,16 +297,91 @@ def test_an_earlier_call_decides_nothing_about_a_changed_pool(llama: nn.Module, 
         logo.select(PROMPTS[0], signal="norm")
 
 
+def load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    model.load_state_dict(weights)
+
+
+def assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    model.load_state_dict(weights, assign=True)
+    model.requires_grad_(False)
+
+
+@torch.no_grad()
+def copy_over(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
+@pytest.mark.parametrize("change", [load, assign, copy_over])
+def test_what_was_computed_from_weights_that_changed_is_computed_again(
+    change: Callable[..., None], adapters: Path
+) -> None:
+    model, later = tiny.model("llama"), tiny.model("llama", seed=7)
+    logo = engine(model, adapters, signal="calibrated", unscorable="skip", cache="", merge=True)
+    mixture = {"tasks/t0": 1.0}
+    before = logo.generate(PROMPTS[0], adapters=mixture, max_new_tokens=8)
+    logo.select(PROMPTS[0])
+    change(model, later.state_dict())
+    fresh = engine(later, adapters, signal="calibrated", unscorable="skip", cache="", merge=True)
+    found = logo.generate(PROMPTS[0], adapters=mixture, max_new_tokens=8)
+    assert found.form == "merged" and found.token_ids != before.token_ids
+    assert found.token_ids == fresh.generate(PROMPTS[0], adapters=mixture, max_new_tokens=8).token_ids
+    assert logo.select(PROMPTS[0]).scores == same_scores(fresh.select(PROMPTS[0]).scores)
+
+
+def test_a_selection_may_be_chosen_again_while_the_pool_changes(llama: nn.Module, adapters: Path) -> None:
+    """Whoever reads what the engine knows of its pool reads one moment of it."""
+    logo = engine(llama, adapters)
+    made = logo.select(PROMPTS[0], signal="entropy")  # of a signal that is calibrated when somebody asks for it
+    adapter = logo.pool["tasks/t4"]
+    few = {name: score for name, score in made.scores.items() if name != adapter.name}
+    ended = threading.Event()
+    errors: list[BaseException] = []
+
+    def choose() -> None:
+        try:
+            while not ended.is_set():
+                logo.reselect(few, signal="entropy")
+        except BaseException as error:
+            errors.append(error)
+
+    reader = threading.Thread(target=choose)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        reader.start()
+        for _ in range(100):
+            logo.pool.remove(adapter.name)
+            logo.select(PROMPTS[0])
+            logo.pool.add(adapter)
+            logo.select(PROMPTS[0])
+    finally:
+        ended.set()
+        reader.join(PATIENCE)
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
+def test_an_emptied_pool_is_called_so(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters)
+    for name in logo.names:
+        logo.pool.remove(name)
+    for call in (lambda: logo.select(PROMPTS[0]), lambda: LoGo(llama, tokenizer(), AdapterPool())):
+        with pytest.raises(PoolError, match="the pool has no adapter: expected one or more; add one"):
+            call()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_long_prompts_are_cut_with_a_warning(llama: nn.Module, adapters: Path, side: Any) -> None:
     """Selecting cuts them where answering does."""
     long, config = " ".join(f"w{3 + i % 80}" for i in range(200)), GenerationConfig(max_new_tokens=10)
     logo = engine(llama, adapters, truncation=Truncation(side=side), generation_config=config)
     with pytest.warns(UserWarning, match="has 201 tokens, more than the 118 that fit"):
-        [ids] = ids_of(logo, [long], room=10)
+        cut, short = logo.prompts.read([long, PROMPTS[0]], 10)
     words = long.split()
     kept = words[:117] if side == "right" else words[-117:]
-    assert ids == [0, *logo.tokenizer.convert_tokens_to_ids(kept)]
+    assert list(cut.ids) == [0, *logo.tokenizer.convert_tokens_to_ids(kept)]
+    assert cut.text is None and short.text == PROMPTS[0]  # the text of its ids, or none
     with pytest.warns(UserWarning, match="118 that fit"):
         answer = logo.generate(long)
         assert len(answer.token_ids) == 10 and logo.select(long) == answer.selection
@@ -416,6 +543,11 @@ def test_options_that_cannot_be_used_are_refused(llama: nn.Module, adapters: Pat
         ({"min_new_tokens": -2}, "min_new_tokens: expected 0 or more, found -2"),
         ({"do_sample": True, "top_p": 5.0}, "top_p: expected a share above 0 and up to 1, found 5.0"),
         ({"do_sample": True, "temperature": 0.0}, "temperature: expected a number above 0, found 0.0"),
+        (
+            {"do_sample": True, "temperature": 1e-40},
+            "temperature: expected 1e-30 or more, found 1e-40; do_sample=False",
+        ),
+        ({"num_beams": 2, "length_penalty": "a"}, "length_penalty: expected a number, found 'a'"),
         ({"num_beams": 2, "num_return_sequences": 2}, "with one answer per prompt, found beam_search with 2"),
         ({"prompt_lookup_num_tokens": 3}, "greedy decoding, sampling or beam search .* found assisted_generation"),
         ({"cache_implementation": "foo"}, "generation options: transformers refuses them: Invalid `cache_implementat"),
