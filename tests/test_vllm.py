@@ -26,10 +26,11 @@ from logo.selection import signals
 from logo.selection.points import Point
 from logo.selection.reference import both_means, emphasis
 from logo.vllm import patches
+from logo.vllm.blocks import clearing, new_blocks
 from logo.vllm.gates import StepGates, gated, turned
 from logo.vllm.options import OPTIONS, POOL, VllmOptions
 from logo.vllm.pool import rank_of, slots_of, targets_of
-from logo.vllm.requests import Mix, Probe, parse
+from logo.vllm.requests import Mix, Probe, parse, prompt_number
 from logo.vllm.slots import Slots
 from logo.vllm.taps import Span, Taps, TextReader
 
@@ -304,6 +305,43 @@ def test_blocks_before_adapters_act_are_the_base_models() -> None:
     assert block_key(request("/a/folder", [1] * 40), 16) == "/a/folder"
     scored = Mix.of([("a", 1.0, Activation(last=2))], prompt=6)  # three tokens of a completion follow
     assert scored.begins([1] * 9) == (4,)
+
+
+def test_the_prompts_of_a_request_have_numbers() -> None:
+    assert [prompt_number(name) for name in ("cmpl-8f3a-0", "cmpl-8f3a-a1b2-12", "my-own-id-7-3")] == [0, 12, 3]
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def test_new_blocks_are_cleared_and_never_those_that_hold_computed_tokens() -> None:
+    """Of two groups, with blocks of 16 and of 8 tokens."""
+    fresh = SimpleNamespace(num_computed_tokens=0, block_ids=([1, 2], [3, 4, 5]))
+    found = SimpleNamespace(num_computed_tokens=32, block_ids=([6, 7, 8], [9, 10, 11, 12, 13]))  # in the prefix cache
+    loaded = SimpleNamespace(num_computed_tokens=17, block_ids=([14, 15], [16, 17, 18]))  # from elsewhere, in part
+    running = SimpleNamespace(
+        req_ids=["grows", "waits", "resumed"],
+        num_computed_tokens=[32, 5, 16],
+        new_block_ids=[([19], []), None, ([20, 21], [22, 23, 24])],
+        resumed_req_ids={"resumed"},
+    )
+    step = SimpleNamespace(scheduled_new_reqs=[fresh, found, loaded], scheduled_cached_reqs=running)
+    assert new_blocks(step, (16, 8)) == [1, 2, 3, 4, 5, 8, 13, 19, 21, 24]
+
+
+def test_vllm_clears_blocks_itself_where_it_always_does() -> None:
+    def runner(**config: Any) -> Any:
+        specs = [SimpleNamespace(block_size=16, dcp_sharded=True), SimpleNamespace(block_size=8, dcp_sharded=False)]
+        groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+        parallel = SimpleNamespace(decode_context_parallel_size=2)
+        return SimpleNamespace(
+            device=CPU,
+            kv_cache_config=SimpleNamespace(kv_cache_groups=groups, **config),
+            vllm_config=SimpleNamespace(parallel_config=parallel),
+        )
+
+    assert clearing(runner(needs_kv_cache_zeroing=True)) is None
+    assert clearing(runner(needs_kv_cache_zeroing=False)) == (32, 8)
 
 
 # -- options ----------------------------------------------------------------------------------------------------------

@@ -165,14 +165,30 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     Attributes(
         ("vllm.v1.core.sched.output",),
         "NewRequestData",
-        ("req_id", "prompt_token_ids", "lora_request", "prompt_embeds", "num_computed_tokens"),
+        ("req_id", "prompt_token_ids", "lora_request", "prompt_embeds", "num_computed_tokens", "block_ids"),
     ),
-    Attributes(("vllm.v1.core.sched.output",), "CachedRequestData", ("req_ids", "num_computed_tokens")),
+    Attributes(
+        ("vllm.v1.core.sched.output",),
+        "CachedRequestData",
+        ("req_ids", "num_computed_tokens", "new_block_ids", "resumed_req_ids"),
+    ),
     Attributes(
         ("vllm.v1.core.sched.output",),
         "SchedulerOutput",
-        ("scheduled_new_reqs", "scheduled_cached_reqs", "finished_req_ids"),
+        ("scheduled_new_reqs", "scheduled_cached_reqs", "finished_req_ids", "new_block_ids_to_zero"),
     ),
+    # Blocks of keys and values that are cleared, and answers from NaN that are marked.
+    Attributes(("vllm.v1.kv_cache_interface",), "KVCacheConfig", ("kv_cache_groups", "needs_kv_cache_zeroing")),
+    Attributes(("vllm.v1.kv_cache_interface",), "KVCacheSpec", ("block_size", "dcp_sharded")),
+    Attributes(("vllm.v1.worker.gpu_model_runner",), "GPUModelRunner", ("_init_kv_zero_meta", "kv_cache_config")),
+    Attributes(
+        ("vllm.v1.worker.gpu.model_runner",),
+        "GPUModelRunner",
+        ("_init_kv_zero_meta", "kv_cache_config", "kv_block_zeroer"),
+    ),
+    Attributes(("vllm.v1.worker.cpu_model_runner",), "CPUModelRunner", ("_zero_block_ids",)),
+    Attributes(("vllm.v1.metrics.stats",), "RequestStateStats", ("is_corrupted",)),
+    Attributes(("vllm.outputs",), "RequestOutput", ("metrics", "finished", "outputs")),
     Attributes(("vllm.v1.request",), "Request", ("lora_request", "prompt_token_ids", "num_prompt_tokens")),
     Attributes(("vllm.sampling_params",), "SamplingParams", ("skip_reading_prefix_cache",)),
     # Compiled layers and captured graphs.
@@ -197,6 +213,31 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
         for name in ("validate_json_request", "with_cancellation", "load_aware_call")
     ),
     Function("vllm.entrypoints.openai.models.serving", "OpenAIServingModels", "model_name", ("self", "lora_request")),
+    # How it reads prompts.
+    *(
+        Function("vllm.renderers.online_renderer", "OnlineRenderer", name, ("self", "request"))
+        for name in ("render_completion", "render_chat")
+    ),
+    Function(
+        "vllm.renderers.online_renderer",
+        "OnlineRenderer",
+        "render_responses",
+        ("self", "request", "previous_messages", "previous_response_outputs", "tool_server"),
+        positional=False,
+    ),
+    Function(
+        "vllm.entrypoints.openai.responses.utils",
+        "",
+        "construct_input_messages",
+        ("request_instructions", "request_input", "prev_msg", "prev_response_output"),
+        positional=False,
+    ),
+    Attributes(
+        ("vllm.entrypoints.openai.responses.serving",),
+        "OpenAIServingResponses",
+        ("response_store", "response_store_lock", "msg_store"),
+    ),
+    Function("vllm.renderers.params", "TokenizeParams", "apply_pre_tokenization", ("self", "tokenizer", "prompt")),
     Attributes(
         ("vllm.config.parallel",),
         "ParallelConfig",

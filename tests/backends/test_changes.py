@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -38,6 +40,7 @@ def inside() -> Iterator[Any]:
     """Prompts of more tokens than fit into a step are read in chunks."""
     options: dict[str, Any] = {"enforce_eager": True, "block_size": 32, "max_loras": 4, "max_num_seqs": 8}
     options["max_num_batched_tokens"] = 48
+    options["num_gpu_blocks_override"] = 96  # so few that they are soon used again
     options["lora_target_modules"] = ["q_proj", "k_proj", "v_proj"]
     made: Any = LoGo.from_pretrained("demo", engine="vllm", model_kwargs=options)
     yield made
@@ -139,17 +142,75 @@ async def scores(engine: Any) -> list[list[float]]:
     return found
 
 
+def test_an_answer_that_overflows_spoils_no_later_one(inside: Any, logo: LoGo, rows: list[str], tmp_path: Path) -> None:
+    """In the blocks of keys and values that it had, many of which are used again."""
+    from vllm import SamplingParams
+
+    write_adapter(tmp_path / "overflows", logo.model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
+    engine, once = inside.engine, SamplingParams(max_tokens=4, temperature=0.0, logprobs=0, ignore_eos=True)
+
+    async def overflow() -> list[Any]:
+        await engine.change("add", "overflows", str(tmp_path / "overflows"))
+        mix = engine.mix(engine.served, Selection.forced({"overflows": 1.0}))
+        async with engine.held([mix]) as [lora]:
+            outputs: list[Any] = await engine.run([([i, *PROMPT], once, lora) for i in range(100)])
+        await engine.change("remove", "overflows")
+        return outputs
+
+    places = [place for output in asyncio.run(overflow()) for place in output.outputs[0].logprobs]
+    assert all(math.isnan(token.logprob) for place in places for token in place.values())
+    found, expected = (one.generate(rows[::3], adapters={}, max_new_tokens=12) for one in (inside, logo))
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+
+
+def test_a_text_is_tokenized_beside_the_event_loop(inside: Any) -> None:
+    """Which goes on meanwhile; and one that is too long for the model is not tokenized at all."""
+    from vllm.exceptions import VLLMValidationError
+
+    from logo.vllm.reading import text_prompt
+
+    renderer, going = inside.llm.llm_engine.renderer, threading.Event()
+
+    class Waiting:
+        """The tokenizer, which waits until the event loop goes on."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            assert going.wait(30)
+            return renderer.tokenizer(*args, **kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(renderer.tokenizer, name)
+
+    waiting = SimpleNamespace(tokenizer=Waiting(), default_cmpl_tok_params=renderer.default_cmpl_tok_params)
+    state = SimpleNamespace(engine_client=SimpleNamespace(renderer=waiting))
+
+    async def whole() -> Prompt:
+        with pytest.raises(VLLMValidationError, match="maximum context length"):
+            await text_prompt(state, "word " * 1_000_000)
+        reading = asyncio.create_task(text_prompt(state, "What is 7 plus 5?"))
+        await asyncio.sleep(0)
+        going.set()
+        return await reading
+
+    [expected] = inside.prompts.read(["What is 7 plus 5?"])
+    assert asyncio.run(whole()).ids == expected.ids
+
+
 def test_slots_are_free_only_after_vllm_has_heard_that_a_client_left() -> None:
+    from vllm import SamplingParams
+
     from logo.vllm.requests import Mix
-    from logo.vllm.routes import Mixing
+    from logo.vllm.serving import Mixing
 
     heard: list[str] = []
 
     class Client:
+        vllm_config = SimpleNamespace(speculative_config=None)
+
         async def generate(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
             try:
                 while True:
-                    yield SimpleNamespace(outputs=[])
+                    yield SimpleNamespace(outputs=[], metrics=None, finished=False)
             finally:
                 await asyncio.sleep(0)
                 heard.append("vLLM")
@@ -163,7 +224,7 @@ def test_slots_are_free_only_after_vllm_has_heard_that_a_client_left() -> None:
 
     async def leave() -> None:
         engine: Any = SimpleNamespace(held=held)
-        outputs = Mixing(Client(), engine, [Mix(())]).generate({"prompt_token_ids": [1]}, None, "r")
+        outputs = Mixing(Client(), engine, [Mix(())]).generate({"prompt_token_ids": [1]}, SamplingParams(), "r")
         await anext(outputs)
         await outputs.aclose()
 

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from logo import AdapterPool, LoGo, UsageError, plugins
 from logo.adapters.peft import EXAMPLES
-from logo.errors import LoGoError, PoolError
+from logo.errors import LoGoError, ModelError, PoolError
 from logo.evaluation.answer import Answerer, engine_identity
 from logo.models import DEMO_FOLDER, load_base
 from test_engine import write_adapter
@@ -355,11 +355,16 @@ def test_a_pool_in_memory_has_to_be_a_folder(base: Path, pool: Path) -> None:
         LoGo.from_pretrained(str(base), whole.subset("ours/*"), engine="vllm")
 
 
-def test_the_demo_opens_with_its_own_pool_and_number_of_adapters(tmp_path: Path) -> None:
-    """It reads no examples if it is told so, and keeps its calibration where the library does."""
+def test_the_demo_opens_with_its_own_pool_and_number_of_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads no examples if it is told so, keeps its calibration where the library does, and takes as much memory
+    for keys and values as a server."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     chosen: dict[str, Any] = {"examples": "ignore", "cache": str(tmp_path)}
     made: Any = LoGo.from_pretrained("demo", engine="vllm", model_kwargs={"enforce_eager": True}, **chosen)
     with closing(made):
+        assert made.llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes == 2_000_000_000
         assert (made.k, made.settings.k, len(made.names)) == (3, None, 16)
         local = LoGo.from_pretrained("demo", device="cpu", **chosen)
         found, expected = (engine.select("What is 7 plus 5?") for engine in (made, local))
@@ -381,12 +386,18 @@ def quiet(index, hidden):
 def test_vllms_processes_find_a_signal_of_a_plugin_through_their_environment(
     plugins_forgotten: None, tmp_path: Path, rows: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And if they end, a line says so."""
     (tmp_path / "plug_vllm.py").write_text(SIGNAL)
     plugins.load("plug_vllm:quiet", str(tmp_path))
     local = LoGo.from_pretrained("demo", device="cpu", signal="quiet", k=3)
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a process that knows nothing of this one
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv(plugins.VARIABLE, "")
-    options = {"enforce_eager": True, "max_model_len": 128, "distributed_executor_backend": "mp"}
+    options = {"enforce_eager": True, "max_model_len": 128}
     made: Any = LoGo.from_pretrained("demo", engine="vllm", signal="quiet", k=3, model_kwargs=options)
     with closing(made):
         same_answers(made.generate(rows[:2], max_new_tokens=8), local.generate(rows[:2], max_new_tokens=8))
+        for process in made.llm.llm_engine.engine_core.resources.engine_manager.processes:
+            process.kill()
+        with pytest.raises(ModelError, match="vLLM's engine has ended, for the reason that it wrote before: close"):
+            made.generate(rows[:2], max_new_tokens=8)

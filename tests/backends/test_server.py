@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import shutil
 import socket
 import urllib.error
@@ -32,7 +33,13 @@ def server(serve: Callable[..., Server], tmp_path_factory: Any) -> Server:
         *("--max-loras", "18", "--max-lora-rank", "8", "--max-model-len", "256"),  # two more than the pool has
         *("--tensor-parallel-size", "2", "--served-model-name", "base", "other", "--chat-template", str(template)),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-prompt-tokens-details"),
-        env=environment(k=4) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        *("--num-gpu-blocks-override", "24"),  # so few that they are soon used again
+        env=environment(k=4)
+        | {
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_ENABLE_RESPONSES_API_STORE": "1",
+        },
     )
 
 
@@ -62,6 +69,23 @@ def test_responses_are_answered_with_a_mixture(client: openai.OpenAI, logo: LoGo
     assert answer.usage.input_tokens == chat.usage.prompt_tokens  # and no special token twice
     assert told(answer)["adapters"] == list(logo.select(rows[3], k=4).adapters)
     assert answer.model == "logo"
+
+
+def test_a_response_that_goes_on_is_selected_by_the_whole_conversation(
+    client: openai.OpenAI, logo: LoGo, rows: list[str]
+) -> None:
+    """As in the loop of an agent, where only the output of a tool is new."""
+    first = client.responses.create(model="logo", input=rows[3], max_output_tokens=16, temperature=0)
+    output: Any = {"type": "function_call_output", "call_id": "call-1", "output": "12"}
+    ask: dict[str, Any] = {"model": "logo", "max_output_tokens": 16, "temperature": 0}
+    answer = client.responses.create(**ask, previous_response_id=first.id, input=[output])
+    assert told(answer)["adapters"] == list(logo.select(rows[3], k=4).adapters)
+    assert answer.usage is not None and first.usage is not None
+    assert answer.usage.input_tokens > first.usage.input_tokens  # of vLLM's own prompt
+    further = client.responses.create(**ask, previous_response_id=answer.id, input=rows[40])
+    assert told(further)["adapters"] == list(logo.select(rows[40], k=4).adapters)
+    with pytest.raises(openai.NotFoundError, match="there is no response 'resp_none'"):
+        client.responses.create(**ask, previous_response_id="resp_none", input=[output])
 
 
 def test_several_prompts_have_several_mixtures(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:
@@ -111,6 +135,11 @@ def test_nothing_is_read_without_a_key(server: Server, path: str) -> None:
     assert sent(server, "/v1/completions", KEY, "Content-Length: 2", b"{}")[0] == 400
 
 
+def test_a_body_has_its_limit(server: Server) -> None:
+    status, said = sent(server, "/v1/chat/completions", KEY, "Content-Length: 40000000")
+    assert status == 413 and "at most 32000000 bytes" in said
+
+
 # Where vLLM would generate without LoGo, or change what is in LoGo's slots.
 CLOSED = ["/invocations", "/generative_scoring", "/inference/v1/generate", "/v1/messages", "/v1/chat/completions/batch"]
 CLOSED += ["/cohere/v2/chat", "/v1/systemone", "/v1/audio/transcriptions", "/adapters", "/v1/logo/select/more"]
@@ -136,7 +165,7 @@ def test_nothing_answers_without_logo(server: Server, rows: list[str]) -> None:
         ("/version", None),
     ):
         assert server.ask(path, posted)[0] in (200, 307) and server.ask(path, posted, key=None)[0] == 401, path
-    for path in ("/health", "/ping", "/metrics"):
+    for path in ("/health", "/ready", "/ping", "/metrics"):
         assert server.ask(path, key=None)[0] == 200
 
 
@@ -204,11 +233,29 @@ def test_a_recipe_is_no_name(server: Server, rows: list[str]) -> None:
         assert said["error"]["code"] == "model_not_found", said
 
 
-def test_what_is_counted(server: Server) -> None:
-    text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
-    assert "logo://" not in text  # no series per mixture
-    assert "logo:selection_confidence_count" in text
-    assert "logo:answers_total" in text and "logo:probe_seconds_count" in text and "vllm:num_requests_running" in text
+def test_what_is_counted(server: Server, rows: list[str]) -> None:
+    """Selections when they are made, and answers when they have ended."""
+
+    def counts() -> tuple[float, float, int]:
+        text = server.ask("/metrics")[1]
+        assert "logo://" not in text  # no series per mixture
+        assert "logo:selection_confidence_count" in text and "vllm:num_requests_running" in text
+        answers = re.findall(r"^logo:answers_total{.*} (\S+)$", text, re.M)
+        [selections] = re.findall(r"^logo:probe_seconds_count (\S+)$", text, re.M)
+        cards = server.ask("/v1/logo/adapters")[1]["data"]
+        return sum(map(float, answers)), float(selections), sum(card["selected"] for card in cards)
+
+    answers, selections, selected = counts()
+    body = {"model": "logo", "prompt": rows[:2], "max_tokens": 2}
+    adapters = server.ask("/v1/completions", body)[1]["logo"]
+    server.ask("/v1/completions", {**body, "prompt": rows[0], "stream": True})
+    server.ask("/v1/completions", {**body, "prompt": rows[0], "model": "antonym"})  # nothing is selected
+    server.ask("/v1/logo/select", {"prompt": rows[0]})
+    assert server.ask("/v1/completions", {**body, "prompt": rows[1], "temperature": -1})[0] == 400
+    assert server.ask("/v1/completions", {**body, "prompt": rows[1], "max_tokens": 1000})[0] == 400
+    first, second = (len(one["adapters"]) for one in adapters)
+    # Two prompts, the same first one in a stream and alone, and the second one twice in requests that vLLM refuses.
+    assert counts() == (answers + 4, selections + 5, selected + 3 * first + 2 * second)
 
 
 def test_what_vllm_cuts_selects_nothing(server: Server, logo: LoGo, rows: list[str]) -> None:
@@ -356,10 +403,35 @@ def test_an_answer_that_overflows_is_an_error(server: Server, logo: LoGo, tmp_pa
     assert base["choices"][0]["text"] == other["choices"][0]["text"] and other["logo"]["adapters"] == []
     for mixture in ({"overflows": 1.0}, {"antonym": 0.5, "overflows": 0.5}):
         bad = {**asked, "n": 2, "temperature": 0.5, "logo": {"adapters": mixture}}
-        status, said = server.ask("/v1/completions", bad)
-        assert status == 500 and "logits are NaN" in said["error"]["message"]
+        for limits in ({}, {"allowed_token_ids": [7, 8]}, {"structured_outputs": {"choice": ["yes", "no"]}}):
+            status, said = server.ask("/v1/completions", {**bad, **limits})
+            assert status == 500 and "logits are NaN" in said["error"]["message"], (limits, said)
+            assert said["error"]["code"] == "not_finite"
         _, stream = server.ask("/v1/completions", {**bad, "stream": True})
         *_, last, end = filter(None, stream.splitlines())
         assert "logits are NaN" in json.loads(last.removeprefix("data: "))["error"]["message"]
         assert end == "data: [DONE]"
     assert change(server, "unload", "overflows")[0] == 200
+
+
+def test_an_adapter_that_overflows_changes_no_other_answer(
+    server: Server, logo: LoGo, rows: list[str], tmp_path: Path
+) -> None:
+    """Not at the same time, nor afterwards, in the blocks of keys and values that it had."""
+    write_adapter(tmp_path / "overflows", logo.model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
+    forced: dict[str, Any] = {"base": {"adapters": {}}, "antonym": {"adapters": {"antonym": 1.0}}, "logo": {"k": 4}}
+    expected = {
+        (model, row): answer.text.rstrip()
+        for model, options in forced.items()
+        for row, answer in zip(rows[::5], logo.generate(rows[::5], max_new_tokens=10, **options), strict=True)
+    }
+    asked = list(expected)
+    assert change(server, "load", "overflows", tmp_path / "overflows")[0] == 200
+    mixed = [pair for model, row in asked for pair in ((model, row), ("overflows", row))]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda pair: completion(server, *pair), mixed))
+    assert answers[::2] == [(200, expected[pair]) for pair in asked]
+    assert {status for status, _ in answers[1::2]} == {500}
+    assert change(server, "unload", "overflows")[0] == 200
+    assert [completion(server, *pair) for pair in asked] == [(200, expected[pair]) for pair in asked]
+    assert server.ask("/health")[0] == 200

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 OPEN = "Listening on {} without an API key: everybody who reaches it may use it. --api-key requires one."
 
 LORA_UPDATES = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-_CPU_CACHE_GB = 2.0
 # Tokens of a block of keys and values. Prompts share whole blocks only; vLLM's own size on CPUs is 128.
 _CPU_BLOCK = 32
 
@@ -137,7 +136,7 @@ def _replicas(
 
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions, given: Sequence[str]) -> Launch:
     from logo.mixing.cache import bytes_of
-    from logo.vllm.launch import Launch
+    from logo.vllm.launch import CPU_CACHE_GB, Launch
     from logo.vllm.options import VllmOptions
     from logo.vllm.pool import rank_of, slots_of, targets_of
 
@@ -159,7 +158,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     slots = slots_of(fitted, k, os.environ.get(LORA_UPDATES, "0").strip().lower() in ("1", "true"))
     note(f"{len(fitted)} adapters, {slots} slots of rank {rank_of(fitted)}")
     template = _chat_template(base_model, source)
-    cache = server.kv_cache_gb if server.kv_cache_gb is not None else _CPU_CACHE_GB if on_cpu else None
+    cache = server.kv_cache_gb if server.kv_cache_gb is not None else CPU_CACHE_GB if on_cpu else None
     # With a seed, a prompt that is read in parts ends vLLM on CPUs, whose generators cannot be put back.
     whole = on_cpu and not any(flag.replace("_", "-").startswith("--max-num-batched-tokens") for flag in given)
     flags = [

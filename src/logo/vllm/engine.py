@@ -82,7 +82,9 @@ class Engine:
     """
 
     def __init__(self, call: Call, run: Run, vllm_config: Any) -> None:
-        model, lora, parallel = vllm_config.model_config, vllm_config.lora_config, vllm_config.parallel_config
+        model = vllm_config.model_config
+        lora = vllm_config.lora_config
+        parallel = vllm_config.parallel_config
         options = options_of(vllm_config)
         if options is None:
             raise UsageError("LoGo needs a pool: set LOGO_POOL to a folder of adapters or a Hub repository")
@@ -94,7 +96,10 @@ class Engine:
             raise UsageError("LoGo needs its part of vLLM's workers: pass --worker-extension-cls " + EXTENSION)
         if parallel._api_process_count > 1:
             raise UsageError("LoGo fills vLLM's slots from one process: leave out --api-server-count")
-        self._call, self.options, self.run, self._rank = call, options, run, lora.max_lora_rank
+        self._call = call
+        self.run = run
+        self.options = options
+        self._rank = lora.max_lora_rank
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self.served = Served(pool_of(options, self.skeleton), {})
         self.slots = Slots(lora.max_loras, lambda into: self.call("load", into))
@@ -114,14 +119,17 @@ class Engine:
         """Changes the pool (see `pool_of`) in all workers or in none; answers continue meanwhile. LoGoError: it cannot
         be changed so."""
         async with self._changing:
-            change, before = (kind, name, folder), self.served.pool
+            before = self.served.pool
+            change = (kind, name, folder)
             pool = await asyncio.to_thread(pool_of, self.options, self.skeleton, before, change)
             self._check(pool)
             self._coming = pool.digest
             try:
                 if any(digest != pool.digest for digest in await self.call("pool", before.digest, list(change))):
-                    what = "vLLM's workers have another pool than this process"
-                    raise PoolError(f"{what}: put the same files on every machine and try again")
+                    raise PoolError(
+                        "vLLM's workers have another pool than this process: put the same files on every machine and "
+                        "try again"
+                    )
                 self.served = await self._opened(pool, None)
             finally:
                 self._coming = ""
@@ -131,30 +139,38 @@ class Engine:
     def _check(self, pool: AdapterPool) -> None:
         """Raises UsageError for a pool that vLLM's slots are too small or too few for."""
         rank_of(pool, self._rank)
-        if (k := self.options.settings.k_of(pool)) > self.slots.count:
+        k = self.options.settings.k_of(pool)
+        if k > self.slots.count:
             most = f"--max-loras is {self.slots.count}, but up to {k} adapters answer a prompt"
             raise UsageError(f"{most}: pass --max-loras {k} or more, or a smaller k")
 
     async def _opened(self, pool: AdapterPool, signals: Sequence[str] | None) -> Served:
-        opened = {}
-        for signal in scoring_signals(self.options, self.skeleton, pool) if signals is None else signals:
-            texts, keys, fresh = list[list[int]](), list[str](), False
-            while True:
-                told = await self.call("signal", pool.digest, signal, texts, keys, fresh)
-                asked = [(one["texts"], one["points"]) for one in told]
-                apart = any(one != asked[0] for one in asked)  # caches of ranks differ, and all have to run together
-                if apart and fresh:
-                    raise ModelError("vLLM's workers want to read different texts: give all of them the same files")
-                fresh, texts = apart, [] if apart else asked[0][0]
-                if not texts and not apart:
-                    break
-                keys = await self._probe(pool.digest, "", texts, [None] * len(texts)) if texts else []
-            facts = told[0]["selector"]
-            evidence = facts["evidence"] and Evidence(**facts["evidence"])
-            selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
-            how = self.options.settings.reading(pool, signal)
-            opened[signal] = OpenSignal(signal, how, tuple(told[0]["points"]), selector)
-        return Served(pool, opened)
+        if signals is None:
+            signals = scoring_signals(self.options, self.skeleton, pool)
+        return Served(pool, {signal: await self._open_signal(pool, signal) for signal in signals})
+
+    async def _open_signal(self, pool: AdapterPool, signal: str) -> OpenSignal:
+        """Opens the scorer of a signal in all workers, which say again and again which texts have to be run for it."""
+        texts: list[list[int]] = []
+        keys: list[str] = []
+        fresh = False
+        while True:
+            replies = await self.call("signal", pool.digest, signal, texts, keys, fresh)
+            first = replies[0]
+            # Caches of ranks may differ, and all have to run the same texts together.
+            differ = any((reply["texts"], reply["points"]) != (first["texts"], first["points"]) for reply in replies)
+            if differ and fresh:
+                raise ModelError("vLLM's workers want to read different texts: give all of them the same files")
+            fresh = differ
+            texts = [] if differ else first["texts"]
+            if not texts and not differ:
+                break
+            keys = await self._probe(pool.digest, "", texts, [None] * len(texts)) if texts else []
+        facts = first["selector"]
+        evidence = facts["evidence"] and Evidence(**facts["evidence"])
+        selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
+        reading = self.options.settings.reading(pool, signal)
+        return OpenSignal(signal, reading, tuple(first["points"]), selector)
 
     async def signal(self, served: Served, signal: str) -> Served:
         """The pool with one more signal, which is opened in the workers first."""
@@ -192,41 +208,59 @@ class Engine:
     @property
     def probe_text(self) -> ProbeText | None:
         """The part of a conversation that is probed, see `SelectionSettings.probe_text`."""
-        asked, pool = self.options.settings.probe_text, self.served.pool
-        return "all" if asked is None and pool.read_once and pool.invoked else asked
+        pool = self.served.pool
+        chosen = self.options.settings.probe_text
+        return "all" if chosen is None and pool.read_once and pool.invoked else chosen
 
     async def select(self, served: Served, prompt: Prompt, call: Options, alone: bool = False) -> Selection:
         """The selection for a prompt from a pool, with checked options of a call; errors as `LoGo.select`."""
         [scores] = await self.scores(served, call.signal, [prompt.probed], [call.candidates], alone=alone)
         return served.opened[call.signal].selector(torch.tensor(scores), call, served.pool.silent(prompt.ids))
 
-    async def scores(self, served: Served, signal: str, rows: Rows, among: Among, **how: bool) -> list[list[float]]:
+    async def scores(
+        self,
+        served: Served,
+        signal: str,
+        rows: Rows,
+        among: Among,
+        *,
+        plain: bool = False,
+        alone: bool = False,
+    ) -> list[list[float]]:
         """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `Probe`.
         NotFinite: a score overflowed; ModelError: a prompt could not be scored."""
-        digest, window = served.pool.digest, served.opened[signal].signal.window
-        left, found = list(range(len(rows))), dict[int, Any]()
+        window = served.opened[signal].signal.window
+        outcomes: list[Any] = [UNREAD] * len(rows)
         for _ in range(_TRIES):
-            cut = [windowed(rows[i], window) for i in left]
-            keys = await self._probe(digest, signal, cut, [among[i] for i in left], **how)
-            found |= dict(zip(left, await self._take(keys), strict=True))
-            left = [i for i in left if isinstance(found[i], str) and found[i].startswith(UNREAD)]
-            if not left:
+            unread = [
+                i for i, outcome in enumerate(outcomes) if isinstance(outcome, str) and outcome.startswith(UNREAD)
+            ]
+            if not unread:
                 break
-        for outcome in found.values():
+            windows = [windowed(rows[i], window) for i in unread]
+            names = [among[i] for i in unread]
+            keys = await self._probe(served.pool.digest, signal, windows, names, plain=plain, alone=alone)
+            for i, outcome in zip(unread, await self._take(keys), strict=True):
+                outcomes[i] = outcome
+        for outcome in outcomes:
             if isinstance(outcome, str):
                 raise (NotFinite if "finite" in outcome else ModelError)(f"a prompt could not be scored: {outcome}")
-        return [found[i] for i in range(len(rows))]
+        return outcomes
 
-    async def _probe(self, digest: str, signal: str, rows: Rows, among: Among, **how: bool) -> list[str]:
+    async def _probe(
+        self, digest: str, signal: str, rows: Rows, among: Among, *, plain: bool = False, alone: bool = False
+    ) -> list[str]:
         """Runs prompts as probes, and returns the keys of their results."""
         from vllm import SamplingParams
 
-        asked = [None if names is None else tuple(sorted(names)) for names in among]
-        probes = [Probe(uuid.uuid4().hex, digest, signal, names, **how) for names in asked]
+        probes = []
+        for names in among:
+            listed = None if names is None else tuple(sorted(names))
+            probes.append(Probe(uuid.uuid4().hex, digest, signal, listed, plain, alone))
         # Hidden vectors of tokens whose keys and values come from the cache would not be computed.
         once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True)
-        await self.run([(row, once, lora_request(one)) for row, one in zip(rows, probes, strict=True)])
-        return [one.key for one in probes]
+        await self.run([(row, once, lora_request(probe)) for row, probe in zip(rows, probes, strict=True)])
+        return [probe.key for probe in probes]
 
     async def _take(self, keys: Sequence[str]) -> list[Any]:
         """The outcomes of these probes; callers that wait share one call of the workers."""
@@ -237,9 +271,10 @@ class Engine:
 
     async def _take_all(self) -> None:
         while self._waiting:
-            waiting, self._waiting = self._waiting, {}
+            waiting = self._waiting
+            self._waiting = {}
             try:
-                told = await self.call("scores", list(waiting))
+                replies = await self.call("scores", list(waiting))
             except Exception as error:  # all of these waiters get it; new ones may have come
                 for future in waiting.values():
                     if not future.done():
@@ -247,8 +282,7 @@ class Engine:
                 continue
             for key, future in waiting.items():
                 if not future.done():  # the client may have left
-                    # The first failure that any worker reports, else the scores of the first worker.
-                    future.set_result(next((one[key] for one in told if isinstance(one[key], str)), told[0][key]))
+                    future.set_result(_outcome([reply[key] for reply in replies]))
 
     def mix(self, served: Served, selection: Selection, prompt: int | None = None) -> Mix:
         """The mixture of a selection, with the adapters of the pool that it was made from; `prompt`: the number of
@@ -267,3 +301,8 @@ class Engine:
         """Yields vLLM's `LoRARequest` of each mixture (None: the base model alone), whose adapters are in slots."""
         async with self.slots.held({key for mix in mixes for key in mix.keys}):
             yield [lora_request(mix) if mix.parts else None for mix in mixes]
+
+
+def _outcome(outcomes: Sequence[Any]) -> Any:
+    """Of the workers' outcomes of one probe: the first failure, else the scores of the first worker."""
+    return next((outcome for outcome in outcomes if isinstance(outcome, str)), outcomes[0])

@@ -37,16 +37,20 @@ class Group:
     @classmethod
     def of(cls, rows: slice | Tensor, gate: Tensor) -> Group:
         """The group of these rows, given their gates (n, slots), some of which are open."""
-        slots: slice | Tensor = (opened := (gate != 0).any(dim=0).nonzero()[:, 0])
-        first, end = int(opened[0]), int(opened[-1]) + 1
+        opened = (gate != 0).any(dim=0).nonzero()[:, 0]
+        first = int(opened[0])
+        end = int(opened[-1]) + 1
+        slots: slice | Tensor = opened
         if len(gate) * (end - first - len(opened)) <= _COPY * len(opened):
             slots = slice(first, end)
-        closed = (picked := gate[:, slots]) == 0
-        return cls(rows, slots, picked, closed if bool(closed.any()) else None)
+        gate = gate[:, slots]
+        closed = gate == 0
+        return cls(rows, slots, gate, closed if bool(closed.any()) else None)
 
     def add(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
         """Adds the product to the group's rows of `y` (tokens, d_out); other arguments as `gated`."""
-        opened, b = _opened(x[self.rows], a[self.slots], self.gate, self.closed), b[self.slots].flatten(0, 1)
+        opened = _opened(x[self.rows], a[self.slots], self.gate, self.closed)
+        b = b[self.slots].flatten(0, 1)
         if isinstance(self.rows, slice):
             y[self.rows].addmm_(opened.to(y.dtype), b.to(y.dtype))
         else:
@@ -67,25 +71,30 @@ class StepGates:
         self, tokens: int, requests: int, slots: int, device: torch.device, dtype: torch.dtype, *, eager: bool
     ) -> None:
         self.eager = eager
-        self.tokens, self.sampled = (torch.zeros(n, slots, device=device, dtype=dtype) for n in (tokens, requests))
+        self.tokens = torch.zeros(tokens, slots, device=device, dtype=dtype)
+        self.sampled = torch.zeros(requests, slots, device=device, dtype=dtype)
         self.groups: tuple[Group, ...] = ()
         self.sampled_groups: tuple[Group, ...] = ()
-        self._written = [0, 0]
+        self._written = {"tokens": 0, "sampled": 0}  # rows of both that the last step has written
 
     def write(self, tokens: Sequence[Rows], sampled: Sequence[Rows]) -> None:
         """Sets the gates of a step; rows that are not given have none."""
-        both = (self.tokens, tokens), (self.sampled, sampled)
         if self.eager:
-            self.groups, self.sampled_groups = (_grouped(some, buffer.dtype) for buffer, some in both)
-            return
-        for i, (buffer, some) in enumerate(both):
-            end = max((row + len(gate) for row, gate in some), default=0)
-            whole = torch.zeros(max(end, self._written[i]), buffer.shape[1])  # also what a longer step has left
-            for row, gate in some:
-                whole[row : row + len(gate)] = gate
-            if len(whole):
-                buffer[: len(whole)] = whole.to(buffer.device, buffer.dtype)
-            self._written[i] = end
+            self.groups = _grouped(tokens, self.tokens.dtype)
+            self.sampled_groups = _grouped(sampled, self.sampled.dtype)
+        else:
+            self._copy("tokens", self.tokens, tokens)
+            self._copy("sampled", self.sampled, sampled)
+
+    def _copy(self, name: str, buffer: Tensor, rows: Sequence[Rows]) -> None:
+        """Copies the gates of a step into a buffer, whose other rows become 0."""
+        end = max((row + len(gate) for row, gate in rows), default=0)
+        whole = torch.zeros(max(end, self._written[name]), buffer.shape[1])  # also what a longer step has left
+        for row, gate in rows:
+            whole[row : row + len(gate)] = gate
+        if len(whole):
+            buffer[: len(whole)] = whole.to(buffer.device, buffer.dtype)
+        self._written[name] = end
 
 
 def _grouped(rows: Sequence[Rows], dtype: torch.dtype) -> tuple[Group, ...]:
@@ -94,9 +103,9 @@ def _grouped(rows: Sequence[Rows], dtype: torch.dtype) -> tuple[Group, ...]:
     groups = [Group.of(slice(row, row + len(gate)), gate) for row, gate in opened if len(gate) >= _ALONE]
     short = [(torch.arange(row, row + len(gate)), gate) for row, gate in opened if len(gate) < _ALONE]
     if short:
-        every, gates = map(torch.cat, zip(*short, strict=True))
-        first, end = int(every[0]), int(every[-1]) + 1
-        groups.append(Group.of(slice(first, end) if bool((every.diff() == 1).all()) else every, gates))
+        numbers, gates = map(torch.cat, zip(*short, strict=True))
+        without_gaps = bool((numbers.diff() == 1).all())
+        groups.append(Group.of(slice(int(numbers[0]), int(numbers[-1]) + 1) if without_gaps else numbers, gates))
     return tuple(groups)
 
 
@@ -111,9 +120,11 @@ def gated(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
 
 def _opened(x: Tensor, a: Tensor, gate: Tensor, closed: Tensor | None) -> Tensor:
     """`(x Aᵀ) ⊙ gate`, (tokens, slots times rank); `closed`: where the gate is 0, None if nowhere."""
-    made = (x.to(a.dtype) @ a.flatten(0, 1).T).view(-1, *a.shape[:2])
-    made *= gate[..., None]
-    return (made if closed is None else made.masked_fill_(closed[..., None], 0)).flatten(1)
+    product = (x.to(a.dtype) @ a.flatten(0, 1).T).view(-1, *a.shape[:2])
+    product *= gate[..., None]
+    if closed is not None:
+        product.masked_fill_(closed[..., None], 0)
+    return product.flatten(1)
 
 
 def turned(b: Tensor) -> Tensor:

@@ -18,6 +18,10 @@ MODULE = "vllm.entrypoints.openai.api_server"
 EXTENSION = "logo.vllm.worker.Extension"
 PLUGINS = "VLLM_PLUGINS"  # vLLM loads routes of plugins that are named there, and of the other plugins only those
 API_KEY = "VLLM_API_KEY"
+COUNT_NANS = "VLLM_COMPUTE_NANS_IN_LOGITS"  # vLLM then marks each answer whose logits are NaN
+# On CPUs, memory for keys and values in GB, where neither the user nor vLLM's own variable says how much.
+CPU_CACHE_GB = 2.0
+CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 
 # The longest environment variable of a process on Linux, in bytes, less some room for its name.
 _LONGEST = 128 * 1024 - 64
@@ -61,26 +65,30 @@ class Launch:
             most = f"an environment variable may have at most {_LONGEST:,}"
             raise UsageError(f"the options of LoGo take {length:,} bytes, but {most}: give fewer calibration prompts")
         usage = os.environ.get(NO_USAGE, "1")  # a user may ask for vLLM's reports
-        named = [name for name in (*os.environ.get(PLUGINS, "").split(","), "logo") if name]
-        own = {POOL: self.pool, OPTIONS: options, NO_USAGE: usage, PLUGINS: ",".join(dict.fromkeys(named))}
+        plugin_names = [name for name in (*os.environ.get(PLUGINS, "").split(","), "logo") if name]
+        own = {POOL: self.pool, OPTIONS: options, NO_USAGE: usage, PLUGINS: ",".join(dict.fromkeys(plugin_names))}
         return own | plugins.environment()
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """The whole environment of the server."""
-        return {**inherited, **self.variables, **({} if self.api_key is None else {API_KEY: self.api_key})}
+        variables = {**inherited, **self.variables}
+        if self.api_key is not None:
+            variables[API_KEY] = self.api_key
+        return variables
 
     def shown(self) -> str:
         """The command line for a shell, without secrets."""
-        said = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
-        return " ".join([*said, shlex.join(self.command)])
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
+        return " ".join([*variables, shlex.join(self.command)])
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
     """Raises UsageError where vLLM would start a server that has no place for LoGo."""
-    why = {
+    reasons = {
         "VLLM_USE_RUST_FRONTEND": "vLLM's Rust frontend does not load the routes that LoGo needs",
         "VLLM_LORA_ENABLE_DUAL_STREAM": "it hides layers from LoGo's probe",
+        "VLLM_RAISE_ON_LOGIT_NANS": "one adapter that overflows would end the engine, and every answer with it",
     }
-    for name, reason in why.items():
+    for name, reason in reasons.items():
         if environment.get(name, "0").strip() not in ("", "0"):
             raise UsageError(f"{name} is set: {reason}; unset it")

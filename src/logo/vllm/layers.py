@@ -45,20 +45,20 @@ def _(entering: Tensor, seen: Tensor, number: int) -> None:
 
 def is_compiled(vllm_config: Any) -> bool:
     """Whether the Python code of layers runs once for all steps, because it is compiled or captured."""
-    found = [getattr(vllm_config.compilation_config, name, None) for name in ("mode", "cudagraph_mode")]
-    return any(getattr(one, "value", one) for one in found)
+    modes = [getattr(vllm_config.compilation_config, name, None) for name in ("mode", "cudagraph_mode")]
+    return any(getattr(mode, "value", mode) for mode in modes)
 
 
-def split(vllm_config: Any, said: Iterable[str]) -> None:
-    """Splits the model at the taps, after vLLM has completed its configuration and before the model runs first. `said`:
-    what the compiled model depends on, since vLLM finds it in its cache by the configuration."""
+def split(vllm_config: Any, depends_on: Iterable[str]) -> None:
+    """Splits the model at the taps, after vLLM has completed its configuration and before the model runs first;
+    `depends_on`: what the compiled model depends on, since vLLM finds it in its cache by the configuration."""
     operators = getattr(vllm_config.compilation_config, "splitting_ops", None)
     if operators and os.environ.get(_BREAKABLE, "0") in ("", "0") and _OPERATOR not in operators:
         operators.append(_OPERATOR)
     additional = getattr(vllm_config, "additional_config", None) or {}
     if not isinstance(additional, dict):
         raise ModelError(f"expected additional_config to be an object, found {type(additional).__name__}")
-    vllm_config.additional_config = {**additional, "logo_compiled": list(said)}
+    vllm_config.additional_config = {**additional, "logo_compiled": list(depends_on)}
 
 
 class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
@@ -75,9 +75,9 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
 
     def of_layer(self, tap: Tap) -> GatedWrapper:
         """The wrapper of one layer, which shares all tensors with this one."""
-        made = copy.copy(self)
-        made.tap = tap
-        return made
+        wrapper = copy.copy(self)
+        wrapper.tap = tap
+        return wrapper
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         """Called by vLLM for another mapping of tokens to adapters; the worker has written the gates."""
@@ -113,13 +113,16 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **kwargs: Any
     ) -> None:
         """Adds the product of the output head to `y`, for the tokens whose logits are computed."""
-        a, b = lora_a_stacked[:, 0], lora_b_stacked[:, 0].transpose(1, 2)
+        a = lora_a_stacked[:, 0]
+        b = lora_b_stacked[:, 0].transpose(1, 2)
         part = y[:, : b.shape[2]]
-        if self.gates.eager:
-            for group in self.gates.sampled_groups:
-                group.add(part, x, a, b)
-        else:
+        if not self.gates.eager:
             part.add_(gated(x, a, b, self.gates.sampled[: x.shape[0]]).to(y.dtype))
+        elif not self.gates.sampled_groups:
+            return
+        for group in self.gates.sampled_groups:
+            group.add(part, x, a, b)
+        part.masked_fill_(part.isinf(), torch.nan)  # only NaN marks an answer as not finite
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **kwargs: Any) -> None:
         """Does nothing, since pools with adapters of embeddings are refused when they are opened."""
@@ -153,7 +156,11 @@ class Tap:
     def __init__(
         self, place: str, taps: Taps, device: torch.device, gather: Gather | None = None, read: bool = True
     ) -> None:
-        self._place, self._taps, self._gather, self._read, self._number = place, taps, gather, read, len(_TAPS)
+        self._place = place
+        self._taps = taps
+        self._gather = gather
+        self._read = read
+        self._number = len(_TAPS)
         self._seen = torch.zeros(1, device=device)
         _TAPS.append(self)
 
@@ -175,8 +182,9 @@ def tap_residual(layer: nn.Module, place: str, taps: Taps, device: torch.device)
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # vLLM gives its decoder layers these three.
-        given = {**dict(zip(("positions", "hidden_states", "residual"), args, strict=False)), **kwargs}
-        hidden, residual = given["hidden_states"], given.get("residual")
+        arguments = {**dict(zip(("positions", "hidden_states", "residual"), args, strict=False)), **kwargs}
+        hidden = arguments["hidden_states"]
+        residual = arguments.get("residual")
         tapped(lambda: hidden if residual is None else hidden + residual)
 
     layer.register_forward_pre_hook(before, with_kwargs=True)

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +29,7 @@ from logo.core import Generation, Prompt, Selection
 from logo.decoding import Batch, Decoding, overflow
 from logo.endings import cut_after_end, end_tokens
 from logo.errors import LoGoError, ModelError, PoolError, UsageError, need
+from logo.mixing.cache import bytes_of
 from logo.models import (
     checked_dtype,
     checked_options,
@@ -47,7 +48,7 @@ from logo.selection.signals import SIGNALS
 from logo.state import EngineState
 from logo.streams import Stream
 from logo.vllm.engine import Engine
-from logo.vllm.launch import EXTENSION
+from logo.vllm.launch import CPU_CACHE, CPU_CACHE_GB, EXTENSION
 from logo.vllm.options import NO_USAGE, OPTIONS, POOL, VllmOptions, affecting_answers
 from logo.vllm.patches import version
 from logo.vllm.pool import head_adapter, rank_of, slots_of, targets_of
@@ -89,6 +90,39 @@ def open_engine(
         MissingLibrary: vLLM is not installed.
         LoGoError: an option that it does not have; the base model or the pool cannot be opened.
     """
+    _refuse_options(others)
+    need("engine 'vllm'", "vllm")
+    checked_options(model_kwargs)
+    source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
+    computed = _computed(dtype, source)
+    if isinstance(token, str):
+        os.environ.setdefault("HF_TOKEN", token)  # vLLM's processes open the pool again
+    if isinstance(pool, AdapterPool):
+        place = _folder_of(pool, settings, on_bad_adapter)
+    else:
+        name = None if pool is None else str(pool)
+        place = spec_of(pool_sources(name, base_model, model_dir))
+        options: Any = {"on_bad_adapter": on_bad_adapter, "examples": settings.examples, "token": token}
+        pool = open_pool(name, base_model, model_dir, **options)
+    model = skeleton(source, computed)
+    model.generation_config = _generation_config(source) or model.generation_config
+    fitted = pool.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter, activation=settings.activation)
+    warn_of_bad(fitted.refused)
+    plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
+    logo_options = _logo_options(fitted, place, settings, on_bad_adapter, model_kwargs)
+    llm = _started(base_model, {"model": source, "dtype": computed, **_arguments(fitted, logo_options, model_kwargs)})
+    prompts = Prompts(
+        load_tokenizer(source),
+        llm.llm_engine.vllm_config.model_config.max_model_len,
+        truncation or Truncation(),
+        settings.probe_text,
+        model.get_input_embeddings().weight.shape[0],
+    )
+    return VllmLoGo(llm, model, prompts, settings, pool.default_k, affecting_answers(model_kwargs))
+
+
+def _refuse_options(others: Mapping[str, Any]) -> None:
+    """Raises UsageError for options of the local engine alone, and for those in the environment of a server."""
     for name, value in others.items():
         if name != "probe_context":
             raise UsageError(f"{name}: the engine 'vllm' has no such option; give those of vllm.LLM in model_kwargs")
@@ -96,51 +130,73 @@ def open_engine(
             raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
     if os.environ.get(OPTIONS):
         raise UsageError(f"{OPTIONS} is set, which is for `vllm serve`: unset it, and give the options here")
-    need("engine 'vllm'", "vllm")
-    from vllm import LLM
+
+
+def _computed(dtype: str | torch.dtype, source: str) -> torch.dtype:
+    """The type that vLLM computes in; `auto` is the checkpoint's, and float32 on CPUs."""
+    stored = None if _on_cpu() else getattr(load_config(source), "dtype", None)
+    usual: torch.dtype = stored or torch.float32
+    return checked_dtype(dtype, usual)  # type: ignore[no-any-return]
+
+
+def _on_cpu() -> bool:
     from vllm.platforms import current_platform
 
-    checked_options(model_kwargs)
-    source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
-    on_cpu = current_platform.is_cpu()
-    own = torch.float32 if on_cpu else getattr(load_config(source), "dtype", None) or torch.float32
-    computed = checked_dtype(dtype, own)
-    if isinstance(token, str):
-        os.environ.setdefault("HF_TOKEN", token)  # vLLM's processes open the pool again
-    if isinstance(pool, AdapterPool):
-        place, opened = _folder_of(pool, settings, on_bad_adapter), pool
-    else:
-        named = None if pool is None else str(pool)
-        place = spec_of(pool_sources(named, base_model, model_dir))
-        how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "examples": settings.examples, "token": token}
-        opened = open_pool(named, base_model, model_dir, **how)
-    model = skeleton(source, computed)
-    fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter, activation=settings.activation)
-    warn_of_bad(fitted.refused)
-    plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
-    k = settings.k_of(fitted)
-    additional = dict(model_kwargs.get("additional_config") or {})
+    return bool(current_platform.is_cpu())
+
+
+def _logo_options(
+    fitted: AdapterPool,
+    place: str,
+    settings: SelectionSettings,
+    on_bad_adapter: OnBadAdapter,
+    model_kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """LoGo's options for vLLM's processes, which open the pool at `place` again; those that the user gave them take
+    precedence. UsageError: they cannot be used there."""
+    additional = model_kwargs.get("additional_config") or {}
     VllmOptions.of(additional, {POOL: place})  # raises the errors of vLLM's processes here
-    config = {"k": k, **settings.changed, **additional.get("logo", {}), "pool": place}
-    additional["logo"] = {**config, "on_bad_adapter": on_bad_adapter, "signals": list(SIGNALS)}
     signal = SIGNALS.definitions.get(settings.signal)
     if signal is not None and signal.folder is None:
-        found = f"signal {settings.signal!r} is defined in {signal.place.partition(':')[0]}"
-        raise UsageError(f"{found}, which vLLM's processes cannot import: put it into a module of its own")
-    os.environ.update(plugins.environment())  # vLLM's processes inherit it
-    os.environ.setdefault(NO_USAGE, "1")
-    flags: dict[str, Any] = {
-        **{"model": source, "dtype": computed, "max_loras": slots_of(fitted, k), "max_lora_rank": rank_of(fitted)},
+        where = signal.place.partition(":")[0]
+        raise UsageError(
+            f"signal {settings.signal!r} is defined in {where}, which vLLM's processes cannot import: put it into a "
+            "module of its own"
+        )
+    chosen = {"k": settings.k_of(fitted), **settings.changed, **additional.get("logo", {})}
+    return {**chosen, "pool": place, "on_bad_adapter": on_bad_adapter, "signals": list(SIGNALS)}
+
+
+def _arguments(fitted: AdapterPool, logo_options: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for a pool; those of the user take precedence, but for what LoGo needs."""
+    usual: dict[str, Any] = {
+        "max_loras": slots_of(fitted, logo_options["k"]),
+        "max_lora_rank": rank_of(fitted),
         "lora_target_modules": list(targets_of(fitted)),
         "generation_config": "vllm",  # every request has its own decoding options
-        # On CPUs, a prompt that is read in parts ends vLLM if it has a seed, as every sampled answer has.
-        **({"enable_chunked_prefill": False} if on_cpu and "max_num_batched_tokens" not in model_kwargs else {}),
-        **model_kwargs,
-        **{"enable_lora": True, "worker_extension_cls": EXTENSION, "additional_config": additional},
     }
-    model.generation_config = _generation_config(source) or model.generation_config
+    if _on_cpu():
+        if "max_num_batched_tokens" not in model_kwargs:
+            # A prompt that is read in parts ends vLLM if it has a seed, as every sampled answer has.
+            usual["enable_chunked_prefill"] = False
+        if "gpu_memory_utilization" not in model_kwargs and not os.environ.get(CPU_CACHE):
+            usual["kv_cache_memory_bytes"] = bytes_of("kv_cache_memory_bytes", CPU_CACHE_GB)
+    needed = {
+        "enable_lora": True,
+        "worker_extension_cls": EXTENSION,
+        "additional_config": {**(model_kwargs.get("additional_config") or {}), "logo": logo_options},
+    }
+    return {**usual, **model_kwargs, **needed}
+
+
+def _started(base_model: str, arguments: Mapping[str, Any]) -> Any:
+    """`vllm.LLM` with these arguments; UsageError, ModelError: vLLM refuses them."""
+    from vllm import LLM
+
+    os.environ.update(plugins.environment())  # vLLM's processes inherit it
+    os.environ.setdefault(NO_USAGE, "1")
     try:
-        llm = LLM(**flags)
+        return LLM(**arguments)
     except LoGoError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
@@ -148,25 +204,35 @@ def open_engine(
         if isinstance(error, TypeError):
             raise UsageError(f"model_kwargs: vllm.LLM refuses them: {reason}") from error
         raise ModelError(f"base model {base_model}: vLLM cannot run it: {reason}") from error
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    limits = llm.llm_engine.vllm_config.model_config.max_model_len, truncation or Truncation(), settings.probe_text
-    prompts = Prompts(load_tokenizer(source), *limits, vocabulary)
-    return VllmLoGo(llm, model, prompts, settings, opened.default_k, affecting_answers(model_kwargs))
 
 
 def _engine(llm: Any) -> Engine:
     """The engine of `vllm.LLM`, which is not open yet; nothing that is awaited in it waits for another task."""
 
     async def call(*args: Any) -> list[dict[str, Any]]:
-        return llm.collective_rpc("logo", args=args)  # type: ignore[no-any-return]
+        with _alive():
+            return llm.collective_rpc("logo", args=args)  # type: ignore[no-any-return]
 
     async def run(rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
         ids, sampling, loras = map(list, zip(*rows, strict=True))
-        with refused(f"prompts of up to {max(map(len, ids))} tokens"):
+        with _alive(), refused(f"prompts of up to {max(map(len, ids))} tokens"):
             prompts = [{"prompt_token_ids": list(row)} for row in ids]
             return list(llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras))
 
     return Engine(call, run, llm.llm_engine.vllm_config)
+
+
+@contextmanager
+def _alive() -> Iterator[None]:
+    """Converts vLLM's error for an engine that has ended into a ModelError."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise ModelError(
+            "vLLM's engine has ended, for the reason that it wrote before: close this engine, and open another one"
+        ) from error
 
 
 class VllmLoGo(AnsweringEngine):
@@ -188,9 +254,13 @@ class VllmLoGo(AnsweringEngine):
     def __init__(
         self, llm: Any, model: Any, prompts: Prompts, settings: SelectionSettings, default_k: int, options: Any
     ) -> None:
-        self.llm, self.model, self.tokenizer = llm, model, prompts.tokenizer
-        self.prompts, self.settings = prompts, settings
-        self.engine_options, self.versions = options, {"vllm": version()}
+        self.llm = llm
+        self.model = model
+        self.prompts = prompts
+        self.tokenizer = prompts.tokenizer
+        self.settings = settings
+        self.engine_options = options
+        self.versions = {"vllm": version()}
         self.probe_context = "base"
         self.prefix_cache = None
         self.merge = None  # mixtures are computed in vLLM's slots
@@ -273,40 +343,51 @@ class VllmLoGo(AnsweringEngine):
         return Stream(pieces())
 
     def _decode(self, batch: Batch, streamer: BaseStreamer | None) -> list[Generation]:
-        started, decoding = time.perf_counter(), batch.decoding
-        rules, ends = decoding.rules(self.tokenizer), end_tokens(decoding.config)
+        started = time.perf_counter()
+        decoding = batch.decoding
+        mixes = [self.engine.mix(self.engine.served, selection) for selection in batch.selections]
+        tokens = self._tokens(batch, mixes)
+        if streamer is not None:
+            streamer.put(torch.tensor([batch.rows[0]]))
+            for token in tokens[0]:
+                streamer.put(torch.tensor(token))
+            streamer.end()
+        seconds = (time.perf_counter() - started) / len(tokens)
+        kinds = ["gated" if mix.parts else "none" for mix in mixes]
+        continued: Any = list(zip(tokens, kinds, strict=True))
+        return decoding.generations(self.tokenizer, continued, batch.selections, seconds)
+
+    def _tokens(self, batch: Batch, mixes: Sequence[Mix]) -> list[list[int]]:
+        """The tokens of the answers of a batch; NotFinite: a mixture overflows."""
+        decoding = batch.decoding
+        rules = decoding.rules(self.tokenizer)
+        ends = end_tokens(decoding.config)
         # Each answer has a seed of its own, which is drawn from PyTorch's generator, as in the local engine.
         seeds = [int(torch.randint(2**31, ())) if decoding.config.do_sample else None for _ in batch.rows]
         tokens: list[list[int]] = [[] for _ in batch.rows]
-        left, mixes = list(range(len(tokens))), [self.engine.mix(self.engine.served, one) for one in batch.selections]
-        while left:  # a row whose text only looked like an end goes on behind its prompt, with other noise
-            asked = [parameters(decoding, len(tokens[i]), (s := seeds[i]) and s + len(tokens[i])) for i in left]
-            rows = [[*batch.rows[i], *tokens[i]] for i in left]
-            placed = [replace(mixes[i], prompt=len(batch.rows[i])) if tokens[i] else mixes[i] for i in left]
-            for i, output in zip(left, self._run(rows, asked, placed), strict=True):
-                [made] = output.outputs
-                for token, place in zip(made.token_ids, made.logprobs, strict=True):
+        unended = list(range(len(tokens)))
+        while unended:  # a row whose text only looked like an end goes on behind its prompt, with other noise
+            rows = [[*batch.rows[i], *tokens[i]] for i in unended]
+            options = [parameters(decoding, len(tokens[i]), _later(seeds[i], len(tokens[i]))) for i in unended]
+            placed = [replace(mixes[i], prompt=len(batch.rows[i])) if tokens[i] else mixes[i] for i in unended]
+            for i, output in zip(unended, self._run(rows, options, placed), strict=True):
+                [answer] = output.outputs
+                for token, place in zip(answer.token_ids, answer.logprobs, strict=True):
                     if not math.isfinite(place[token].logprob):
                         raise overflow(batch.selections[i].mixture)
-                tokens[i] += made.token_ids
-            left = [i for i in left if len(tokens[i]) < decoding.config.max_new_tokens]
-            left = [i for i in left if cut_after_end(tokens[i], ends, rules)[1] == "length"]
-        if streamer is not None:
-            for ids in ([batch.rows[0]], *([token] for token in tokens[0])):
-                streamer.put(torch.tensor(ids))
-            streamer.end()
-        seconds = (time.perf_counter() - started) / len(tokens)
-        continued: Any = [(one, "gated" if mix.parts else "none") for one, mix in zip(tokens, mixes, strict=True)]
-        return decoding.generations(self.tokenizer, continued, batch.selections, seconds)
+                tokens[i] += answer.token_ids
+            unended = [i for i in unended if len(tokens[i]) < decoding.config.max_new_tokens]
+            unended = [i for i in unended if cut_after_end(tokens[i], ends, rules)[1] == "length"]
+        return tokens
 
-    def _run(self, rows: Sequence[Sequence[int]], asked: Sequence[Any], mixes: Sequence[Mix]) -> list[Any]:
+    def _run(self, rows: Sequence[Sequence[int]], options: Sequence[Any], mixes: Sequence[Mix]) -> list[Any]:
         """vLLM's outputs for rows, as many at a time as there are slots for their adapters."""
 
         async def run(part: slice) -> list[Any]:
             async with self.engine.held(mixes[part]) as loras:
-                return await self.engine.run(list(zip(rows[part], asked[part], loras, strict=True)))
+                return await self.engine.run(list(zip(rows[part], options[part], loras, strict=True)))
 
-        return [one for part in _parts(mixes, self.engine.slots.count) for one in _wait(run(part))]
+        return [output for part in _parts(mixes, self.engine.slots.count) for output in _wait(run(part))]
 
     def _scored(
         self,
@@ -325,13 +406,19 @@ class VllmLoGo(AnsweringEngine):
         # The last gold token is only predicted, never read. Of the others, vLLM gives the log probability of each and
         # of one of the most likely ones in its place.
         once: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
-        asked, mixes, served = [], [], self.engine.served
+        rows, options, mixes = [], [], []
         for (ids, gold), mixture in zip(pairs, mixtures, strict=True):
-            several = 1 if len(gold) > 1 else None
-            asked.append(SamplingParams(**once, prompt_logprobs=several, logprob_token_ids=[gold[-1]]))
-            mixes.append(self.engine.mix(served, Selection.forced(mixture), len(ids)))
-        outputs = self._run([[*ids, *gold[:-1]] for ids, gold in pairs], asked, mixes)
+            rows.append([*ids, *gold[:-1]])
+            likely = 1 if len(gold) > 1 else None
+            options.append(SamplingParams(**once, prompt_logprobs=likely, logprob_token_ids=[gold[-1]]))
+            mixes.append(self.engine.mix(self.engine.served, Selection.forced(mixture), len(ids)))
+        outputs = self._run(rows, options, mixes)
         return [_scored(output, gold) for output, (_, gold) in zip(outputs, pairs, strict=True)]
+
+
+def _later(seed: int | None, begun: int) -> int | None:
+    """The seed of an answer for what follows its first tokens."""
+    return seed if seed is None else seed + begun
 
 
 def _wait(task: Coroutine[Any, Any, T]) -> T:
@@ -346,37 +433,40 @@ def _wait(task: Coroutine[Any, Any, T]) -> T:
 
 def _parts(mixes: Sequence[Mix], slots: int) -> Iterator[slice]:
     """The rows in parts whose adapters fit into the slots together; a single row that does not is refused later."""
-    start, keys = 0, set[str]()
+    start = 0
+    keys: set[str] = set()
     for i, mix in enumerate(mixes):
-        if i > start and len(keys | {*mix.keys}) > slots:
+        if i > start and len(keys.union(mix.keys)) > slots:
             yield slice(start, i)
-            start, keys = i, set()
-        keys |= {*mix.keys}
+            start = i
+            keys.clear()
+        keys.update(mix.keys)
     yield slice(start, len(mixes))
 
 
 def _scored(output: Any, gold: Sequence[int]) -> Scored:
     """The score of a completion from vLLM's log probabilities of its tokens; ModelError if one is NaN or infinite."""
-    [made] = output.outputs
+    [answer] = output.outputs
     read = output.prompt_logprobs[-(len(gold) - 1) :] if len(gold) > 1 else []
     places = list(zip(read, gold, strict=False))
-    total = sum(place[token].logprob for place, token in places) + made.logprobs[0][gold[-1]].logprob
+    total = sum(place[token].logprob for place, token in places) + answer.logprobs[0][gold[-1]].logprob
 
     def first(place: Mapping[int, Any]) -> int:  # of tokens that are as likely, the one of the lowest id, as greedily
         return min(place, key=lambda token: (-place[token].logprob, token))
 
-    exact = all(first(place) == token for place, token in places) and made.token_ids[0] == gold[-1]
+    exact = all(first(place) == token for place, token in places) and answer.token_ids[0] == gold[-1]
     return Scored(exact, checked_nll(-total / len(gold)), len(gold))
 
 
 def _folder_of(pool: AdapterPool, settings: SelectionSettings, on_bad_adapter: OnBadAdapter) -> str:
     """The folder that holds exactly the adapters of an open pool, as they are in it; PoolError: there is none, so that
     vLLM's processes cannot open this pool."""
-    wanted = AdapterPool(replace(one, examples=()) for one in pool) if settings.examples == "ignore" else pool
-    how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "examples": settings.examples}
+    used = AdapterPool(replace(one, examples=()) for one in pool) if settings.examples == "ignore" else pool
     roots = {str(adapter.folder.absolute()).removesuffix(f"/{adapter.name}") for adapter in pool}
-    if len(roots) == 1 and AdapterPool.open(*roots, **how).digest == wanted.digest:
-        return roots.pop()
+    if len(roots) == 1:
+        again = AdapterPool.open(*roots, on_bad_adapter=on_bad_adapter, examples=settings.examples)
+        if again.digest == used.digest:
+            return roots.pop()
     raise PoolError(
         "the engine 'vllm' opens the pool again in vLLM's processes: expected all adapters in one folder under their "
         "names, with the example prompts and the activation that they have there, and no others in it; give that "

@@ -48,33 +48,33 @@ class VllmOptions:
     def of(cls, additional: Mapping[str, Any] | None, environment: Mapping[str, str]) -> VllmOptions | None:
         """The options that are given; None if there are none. Those of `--additional-config` take precedence.
         UsageError: an option that does not exist or cannot be used."""
-        given: dict[str, Any] = json_object(environment[OPTIONS], OPTIONS) if environment.get(OPTIONS) else {}
+        values: dict[str, Any] = json_object(environment[OPTIONS], OPTIONS) if environment.get(OPTIONS) else {}
         if environment.get(POOL):
-            given["pool"] = environment[POOL]
+            values["pool"] = environment[POOL]
         inside = (additional or {}).get("logo") or {}
         if not isinstance(inside, Mapping):
             raise UsageError(f"additional_config: expected 'logo' to be an object, found {type(inside).__name__}")
-        given |= inside
-        if not given:
+        values |= inside
+        if not values:
             return None
-        own = {f.name for f in fields(cls)} - {"settings"}
-        known = [*own, *(f.name for f in fields(SelectionSettings))]
-        for name in given:
-            if name not in known:
-                raise UsageError(f"unknown option {name!r} of LoGo{closest(name, known)}; known: {', '.join(known)}")
-        if not isinstance(given.get("pool"), str):
+        own = {field.name for field in fields(cls)} - {"settings"}
+        names = [*own, *(field.name for field in fields(SelectionSettings))]
+        for name in values:
+            if name not in names:
+                raise UsageError(f"unknown option {name!r} of LoGo{closest(name, names)}; known: {', '.join(names)}")
+        if not isinstance(values.get("pool"), str):
             raise UsageError(f"LoGo needs a pool: set {POOL} to a folder of adapters or a Hub repository")
-        settings = SelectionSettings.of(**{name: value for name, value in given.items() if name not in own})
-        options = {name: value for name, value in given.items() if name in own}
+        settings = SelectionSettings.of(**{name: value for name, value in values.items() if name not in own})
+        options = {name: value for name, value in values.items() if name in own}
         for name, fine in (("on_bad_adapter", get_args(OnBadAdapter)), ("adapter_changes", (True, False))):
             if options.get(name, fine[0]) not in fine:
                 expected = ", ".join(map(str, fine)).lower()
                 raise UsageError(f"{name}: expected one of {expected}, found {options[name]!r}")
         options |= {name: tuple(options[name]) for name in ("signals", "hosts", "origins") if name in options}
-        made = cls(settings=settings, **options)
-        for signal in made.all_signals:
+        checked = cls(settings=settings, **options)
+        for signal in checked.all_signals:
             settings.reading(signal=signal)  # refuses one that does not exist
-        return made
+        return checked
 
     @property
     def all_signals(self) -> tuple[str, ...]:
@@ -85,16 +85,20 @@ class VllmOptions:
 def affecting_answers(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `vllm.LLM` that can change an answer by more than rounding, without LoGo's own options."""
     counted = {name: value for name, value in given.items() if name not in _NO_MATTER}
-    others = {name: value for name, value in (counted.pop("additional_config", None) or {}).items() if name != "logo"}
-    return counted | ({"additional_config": others} if others else {})
+    additional = dict(counted.pop("additional_config", None) or {})
+    additional.pop("logo", None)
+    if additional:
+        counted["additional_config"] = additional
+    return counted
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:
     """A JSON object that a user has written; `where` names the option in errors. UsageError: it is none."""
+    message = f"{where}: expected a JSON object, found {text!r:.60}"
     try:
-        found, why = json.loads(text), ""
+        value = json.loads(text)
     except ValueError as error:
-        found, why = None, f" ({error})"
-    if not isinstance(found, dict):
-        raise UsageError(f"{where}: expected a JSON object, found {text!r:.60}{why}")
-    return found
+        raise UsageError(f"{message} ({error})") from error
+    if not isinstance(value, dict):
+        raise UsageError(message)
+    return value

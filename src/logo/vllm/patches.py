@@ -9,7 +9,8 @@ what the self-test at start finds out (`logo.vllm.selftest`).
         `packed_modules`, `punica_wrapper_mapping` and `lora_index_to_id` then.
     WorkerWrapperBase.execute_model                 notes the requests of a step. Relied on: it is called before every
         step with the scheduler's output, which says of each request its prompt, its `LoRARequest`, how many tokens were
-        run before, and whether it has ended; and the runner takes the `LoRARequest` of a new request from there.
+        run before, its new blocks, and whether it has ended; and the runner takes the `LoRARequest` of a new request,
+        and the blocks to clear, from there.
     WorkerLoRAManager.set_active_adapters           writes the gates of a step. Relied on: both model runners call it
         after the step's rows are known, and before they run, with the id of each row; rows of a request are in order.
     kv_cache_utils.generate_block_hash_extra_keys   tokens before any adapter acts are cached as the base model's.
@@ -51,20 +52,23 @@ class Patch:
         module = importlib.import_module(self.module)
         owner = getattr(module, self.owner, None) if self.owner else module
         original = getattr(owner, self.name, None)
-        found = () if original is None else tuple(inspect.signature(original).parameters)
-        wanted = tuple(self.parameters.split())
-        if original is None or found[: len(wanted)] != wanted:
-            what = "does not exist" if original is None else f"takes ({', '.join(found)})"
+        taken = () if original is None else tuple(inspect.signature(original).parameters)
+        needed = tuple(self.parameters.split())
+        if original is None or taken[: len(needed)] != needed:
+            what = "does not exist" if original is None else f"takes ({', '.join(taken)})"
             where = ".".join(part for part in (self.module, self.owner, self.name) if part)
-            expected = f"({', '.join(wanted)}, ...)"
+            expected = f"({', '.join(needed)}, ...)"
             raise ModelError(f"LoGo does not know this vLLM ({version()}): {where} {what}, expected {expected}")
 
         @functools.wraps(original)
         def replaced(*args: Any, **kwargs: Any) -> Any:
             return self.ours(original, *args, **kwargs)
 
-        named = [] if self.owner else list(sys.modules.values())  # that may have imported it by name
-        for place in [owner, *(one for one in named if getattr(one, "__dict__", {}).get(self.name) is original)]:
+        places = [owner]
+        if not self.owner:  # other modules may have imported the function by its name
+            modules = list(sys.modules.values())
+            places += [module for module in modules if getattr(module, "__dict__", {}).get(self.name) is original]
+        for place in places:
             setattr(place, self.name, replaced)
 
 
@@ -83,13 +87,24 @@ def options_of(vllm_config: Any) -> VllmOptions | None:
 
 
 def _create_lora_manager(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
-    if (options := options_of(vllm_config)) is None:
+    options = options_of(vllm_config)
+    if options is None:
         return original(self, model, vllm_config)
     from logo.vllm.worker import Worker
 
     check_environment(os.environ)
-    parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
-    tower, parted = getattr(lora, "enable_tower_connector_lora", False), getattr(parallel, "use_ubatching", False)
+    _check_config(vllm_config.parallel_config, vllm_config.lora_config)
+    worker = Worker(self, vllm_config, options)
+    wrapped = original(self, model, vllm_config)
+    worker.attach(wrapped)
+    self.logo = worker
+    return wrapped
+
+
+def _check_config(parallel: Any, lora: Any) -> None:
+    """Raises ModelError for options of vLLM with which LoGo cannot work."""
+    tower = getattr(lora, "enable_tower_connector_lora", False)
+    parted = getattr(parallel, "use_ubatching", False)
     refused = {
         "--pipeline-parallel-size": (parallel.pipeline_parallel_size > 1, "layers are read in one process"),
         "--data-parallel-size": (parallel.data_parallel_size > 1, "one engine is asked for scores"),
@@ -101,22 +116,18 @@ def _create_lora_manager(original: Any, self: Any, model: Any, vllm_config: Any)
     for option, (given, why) in refused.items():
         if given:
             raise ModelError(f"LoGo cannot work with {option}: {why}; leave it out")
-    worker = Worker(self, vllm_config, options)
-    wrapped = original(self, model, vllm_config)
-    worker.attach(wrapped)
-    self.logo = worker
-    return wrapped
 
 
 def _execute_model(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
     worker = getattr(getattr(self.worker.model_runner, "lora_manager", None), "logo", None)
     if worker is not None:
-        worker.begin(scheduler_output)
+        worker.begin(scheduler_output, self.worker.model_runner)
     return original(self, scheduler_output, *args, **kwargs)
 
 
 def _set_active_adapters(original: Any, self: Any, requests: Any, mapping: Any) -> Any:
-    if (worker := getattr(self, "logo", None)) is None:
+    worker = getattr(self, "logo", None)
+    if worker is None:
         return original(self, requests, mapping)
     # vLLM would load an adapter for each request here; the slots are filled by `Worker.load`.
     if mapping is not None:
@@ -140,11 +151,12 @@ def _block_hash(original: Any, request: Any, start_token_idx: int, end_token_idx
 def _begins(request: Any, path: str) -> tuple[int | None, ...] | None:
     """Where the adapters of a request begin to act, found once; None if all act everywhere, or if it is not ours."""
     if not hasattr(request, "logo_begins"):
-        asked, request.logo_begins = parse(path), None
-        if isinstance(asked, Probe):
-            request.logo_begins = None if asked.alone else ()  # no adapter acts
-        elif asked is not None and not all(where.everywhere for _, _, where in asked.parts):
-            request.logo_begins = asked.begins(request.prompt_token_ids or [-1] * request.num_prompt_tokens)
+        request.logo_begins = None
+        content = parse(path)
+        if isinstance(content, Probe):
+            request.logo_begins = None if content.alone else ()  # no adapter acts
+        elif content is not None and not all(where.everywhere for _, _, where in content.parts):
+            request.logo_begins = content.begins(request.prompt_token_ids or [-1] * request.num_prompt_tokens)
     return request.logo_begins  # type: ignore[no-any-return]
 
 

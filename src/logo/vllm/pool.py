@@ -34,7 +34,8 @@ def pool_of(
         AdapterError: an adapter cannot be used, or does not fit.
         PoolError: the pool has an adapter of that name already or has none, or it cannot be opened.
     """
-    layout, settings = BaseLayout.of(model), options.settings
+    layout = BaseLayout.of(model)
+    settings = options.settings
     if before is None:
         name = str(model.config.name_or_path)
         opened = open_pool(options.pool, name, on_bad_adapter=options.on_bad_adapter, examples=settings.examples)
@@ -42,14 +43,14 @@ def pool_of(
     kind, name, folder = change
     if kind == "add" and name in before:
         raise PoolError(f"the pool has an adapter {name!r} already")
-    kept = before.remove(name) if name in before or kind == "remove" else before
+    others = before.remove(name) if name in before or kind == "remove" else before
     if kind == "remove":
-        if not len(kept):
+        if not len(others):
             raise PoolError(f"adapter {name!r} is the last one of the pool and cannot be removed")
-        return kept
-    made = open_adapter(folder, name).fit(layout).acting(settings.activation)
-    made.verify()  # finds what is not finite, also in layers that no signal reads
-    return kept.add(made)
+        return others
+    adapter = open_adapter(folder, name).fit(layout).acting(settings.activation)
+    adapter.verify()  # finds what is not finite, also in layers that no signal reads
+    return others.add(adapter)
 
 
 def scoring_signals(options: VllmOptions, model: PreTrainedModel, pool: AdapterPool) -> tuple[str, ...]:
@@ -71,13 +72,13 @@ def rank_of(pool: AdapterPool, most: int = _RANKS[-1]) -> int:
     """The `--max-lora-rank` that a pool needs; UsageError if it is above the one that was given."""
     largest = max(pool, key=lambda adapter: max(adapter.ranks))
     needed = max(largest.ranks)
-    found = next((rank for rank in _RANKS if rank >= needed), None)
-    if found is None:
+    allowed = next((rank for rank in _RANKS if rank >= needed), None)
+    if allowed is None:
         raise UsageError(f"adapter {largest.name!r} has rank {needed}, but vLLM allows at most {_RANKS[-1]}")
-    if found > most:
-        what = f"--max-lora-rank is {most}, but adapter {largest.name!r} has rank {needed}"
-        raise UsageError(f"{what}: pass --max-lora-rank {found} or more")
-    return found
+    if allowed > most:
+        difference = f"--max-lora-rank is {most}, but adapter {largest.name!r} has rank {needed}"
+        raise UsageError(f"{difference}: pass --max-lora-rank {allowed} or more")
+    return allowed
 
 
 def slots_of(pool: AdapterPool, k: int, grows: bool = False) -> int:

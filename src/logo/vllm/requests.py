@@ -75,17 +75,17 @@ class Probe:
 @lru_cache(maxsize=4096)
 def parse(path: str) -> Mix | Probe | None:
     """What the path of a `LoRARequest` says; None: the request is not ours."""
-    said: Any = json.loads(path) if path.startswith("{") else {}
-    if "probe" in said:
-        key, pool, signal, among, plain, alone = said["probe"]
+    content: Any = json.loads(path) if path.startswith("{") else {}
+    if "probe" in content:
+        key, pool, signal, among, plain, alone = content["probe"]
         return Probe(key, pool, signal, None if among is None else tuple(among), plain, alone)
-    if "mix" in said:
-        parts = ((key, weight, Activation(tuple(tokens), last)) for key, weight, tokens, last in said["mix"])
-        return Mix(tuple(parts), said.get("prompt"))
+    if "mix" in content:
+        parts = ((key, weight, Activation(tuple(tokens), last)) for key, weight, tokens, last in content["mix"])
+        return Mix(tuple(parts), content.get("prompt"))
     return None
 
 
-def lora_request(made: Mix | Probe) -> Any:
+def lora_request(content: Mix | Probe) -> Any:
     """The `LoRARequest` by which vLLM's engine gets it.
 
     All have the same id, by which vLLM's scheduler limits the adapters of a batch: slots are ours to count. Workers
@@ -93,7 +93,13 @@ def lora_request(made: Mix | Probe) -> Any:
     """
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest(NAME, 1, made.path)
+    return LoRARequest(NAME, 1, content.path)
+
+
+def prompt_number(request_id: str) -> int:
+    """The number of a prompt among those of its request: vLLM writes it behind the last hyphen of the ids that it gives
+    to the prompts of a completion, such as `cmpl-8f3a-2`."""
+    return int(request_id.rpartition("-")[2])
 
 
 def cached_as(path: str, begins: Sequence[int | None], end: int) -> str | None:

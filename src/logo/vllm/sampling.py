@@ -44,8 +44,8 @@ def check_config(config: GenerationConfig) -> None:
     for name, value in vars(config).items():
         fine = name.startswith("_") or name in _KNOWN or value is None or value is False
         if not fine and value != _DEFAULTS.get(name):
-            found = f"generation option {name!r} ({value!r:.40}): the engine 'vllm' cannot do that"
-            raise UsageError(f"{found}; leave it out, or use the engine 'local'")
+            option = f"generation option {name!r} ({value!r:.40})"
+            raise UsageError(f"{option}: the engine 'vllm' cannot do that; leave it out, or use the engine 'local'")
 
 
 def parameters(decoding: Decoding, begun: int, seed: int | None) -> Any:
@@ -55,22 +55,27 @@ def parameters(decoding: Decoding, begun: int, seed: int | None) -> Any:
 
     config = decoding.config
 
-    def said(name: str) -> Any:
+    def option(name: str) -> Any:
         value = getattr(config, name, None)
         return _DEFAULTS[name] if value is None else value
 
-    drawn: dict[str, Any] = {"temperature": 0.0}
+    drawing: dict[str, Any] = {"temperature": 0.0}
     if config.do_sample:
-        drawn = {name: said(name) for name in ("temperature", "top_p")} | {"seed": seed}
-        drawn |= {"top_k": min(said("top_k"), 2**31 - 1), "min_p": config.min_p or 0.0}
+        drawing = {
+            "temperature": option("temperature"),
+            "top_k": min(option("top_k"), 2**31 - 1),
+            "top_p": option("top_p"),
+            "min_p": config.min_p or 0.0,
+            "seed": seed,
+        }
     # Where one of these texts ends, an answer may have ended; the rules of the decoding say whether it has.
     texts = [*stop_strings(config), *decoding.stop, *(["\n"] if decoding.stop_at_newline else [])]
     with refused("these options"):
         return SamplingParams(
-            **drawn,
+            **drawing,
             max_tokens=config.max_new_tokens - begun,
             min_tokens=max(0, (config.min_new_tokens or 0) - begun),
-            repetition_penalty=said("repetition_penalty"),
+            repetition_penalty=option("repetition_penalty"),
             ignore_eos=True,  # instead, `stop_token_ids` holds all end tokens
             stop_token_ids=sorted(end_tokens(decoding.config)),
             logprobs=0,  # that of the drawn token, which is NaN if a mixture overflows

@@ -6,6 +6,9 @@ base model answers; and an adapter has to change the answer.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from logo.core import Selection
 from logo.errors import ModelError
 from logo.vllm.engine import Engine
@@ -23,33 +26,43 @@ async def check(engine: Engine) -> None:
 
     served = engine.served
     signal = next(iter(served.opened))
-    [known, *_] = await engine.call("expected", served.pool.digest, signal)
-    text = [1, 2, 3] if known is None else known[0]
-    if known is not None:
-        [found] = await engine.scores(served, signal, [text], [None], plain=True)
-        apart = max(abs(one - other) for one, other in zip(found, known[1], strict=True))
-        if not apart <= _SCORES:
-            raise _changed(f"a text of the calibration has scores that are {apart:.2g} away from those it had")
+    [calibrated, *_] = await engine.call("expected", served.pool.digest, signal)
+    text = [1, 2, 3]
+    if calibrated is not None:
+        text, expected = calibrated
+        [scores] = await engine.scores(served, signal, [text], [None], plain=True)
+        difference = max(abs(score - known) for score, known in zip(scores, expected, strict=True))
+        if not difference <= _SCORES:
+            raise _changed(f"a text of the calibration has scores that are {difference:.2g} away from those it had")
     sizes = served.opened[signal].selector.sizes
-    by_size = sorted(served.pool.names, key=lambda one: sizes.get(one, 0.0))
-    # Neither one that does next to nothing, nor one that overflows, which counts as small and would spoil the cache.
-    name = by_size[len(by_size) // 2]
-    invoked = served.pool[name].activation.tokens
+    by_size = sorted(served.pool.names, key=lambda name: sizes.get(name, 0.0))
+    # Neither one that does next to nothing, nor one that overflows, which counts as small.
+    adapter = by_size[len(by_size) // 2]
+    invoked = served.pool[adapter].activation.tokens
     text = [*text, *invoked][-max(len(text), len(invoked)) :]  # on which it acts
     once = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, ignore_eos=True)
     silent = lora_request(Probe("selftest", served.pool.digest, signal))
-    async with engine.held([engine.mix(served, Selection.forced({name: 1.0}))]) as [lora]:
-        outputs = await engine.run([(text, once, one) for one in (None, silent, lora)])
+    async with engine.held([engine.mix(served, Selection.forced({adapter: 1.0}))]) as [lora]:
+        outputs = await engine.run([(text, once, request) for request in (None, silent, lora)])
     await engine.call("scores", ["selftest"])
-    base, probe, mixed = ({key: one.logprob for key, one in o.outputs[0].logprobs[0].items()} for o in outputs)
-
-    def within(found: dict[int, float], most: float) -> bool:
-        return found.keys() == base.keys() and max(abs(base[token] - found[token]) for token in base) <= most
-
-    if not within(probe, _NOISE):
+    base, probe, mixed = map(_log_probabilities, outputs)
+    if not _apart(base, probe) <= _NOISE:
         raise _changed("a probe is not answered as by the base model")
-    if within(mixed, _EFFECT) and sizes.get(name, 1.0) > 0:
-        raise _changed(f"adapter {name!r} does not change the answer")
+    if _apart(base, mixed) <= _EFFECT and sizes.get(adapter, 1.0) > 0:
+        raise _changed(f"adapter {adapter!r} does not change the answer")
+
+
+def _log_probabilities(output: Any) -> dict[int, float]:
+    """Of the most likely first tokens of an answer."""
+    [answer] = output.outputs
+    return {token: place.logprob for token, place in answer.logprobs[0].items()}
+
+
+def _apart(base: dict[int, float], other: dict[int, float]) -> float:
+    """How far the log probabilities of two answers are apart; infinitely, if other tokens are the most likely ones."""
+    if base.keys() != other.keys():
+        return math.inf
+    return max(abs(base[token] - other[token]) for token in base)
 
 
 def _changed(what: str) -> ModelError:

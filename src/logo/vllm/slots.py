@@ -20,7 +20,9 @@ _PASSES = 32
 
 
 @dataclass(eq=False)
-class _Asked:
+class _Waiting:
+    """A mixture that waits for its slots: the keys of its adapters, and how many later ones have passed it."""
+
     keys: frozenset[str]
     admitted: asyncio.Future[None]
     passed: int = 0
@@ -31,12 +33,13 @@ class Slots:
     `load` puts adapters into slots: `(slot, key), ...`. If it raises, the slots are empty."""
 
     def __init__(self, count: int, load: Callable[[list[tuple[int, str]]], Awaitable[Any]]) -> None:
-        self.count, self._load = count, load
+        self.count = count
+        self._load = load
         self._free = list(reversed(range(count)))
         self._slot_of: OrderedDict[str, int] = OrderedDict()  # key -> slot, the latest used last
         self._users: Counter[str] = Counter()  # answers in progress of each adapter
         self._loading: dict[str, Any] = {}  # key -> the task that loads it
-        self._waiting: list[_Asked] = []
+        self._waiting: list[_Waiting] = []
 
     @asynccontextmanager
     async def held(self, keys: Collection[str]) -> AsyncIterator[None]:
@@ -46,68 +49,78 @@ class Slots:
             yield
             return
         self.check(keys)
-        asked = _Asked(frozenset(keys), asyncio.get_running_loop().create_future())
-        self._waiting.append(asked)
+        mixture = _Waiting(frozenset(keys), asyncio.get_running_loop().create_future())
+        self._waiting.append(mixture)
         self._serve()
         try:
-            await asked.admitted
-            await self._filled(asked.keys)
+            await mixture.admitted
+            await self._filled(mixture.keys)
             yield
         finally:
-            if not asked.admitted.cancelled():  # else its client has left while it waited
-                self._users -= Counter(asked.keys)
+            if not mixture.admitted.cancelled():  # else its client has left while it waited
+                self._users -= Counter(mixture.keys)
             self._serve()
 
     def check(self, keys: Collection[str]) -> None:
         """Raises UsageError if there can never be room for these adapters together."""
         if len(keys) > self.count:
-            found = f"this mixture has {len(keys)} adapters, and vLLM has {self.count} slots for them"
-            raise UsageError(f"{found}: ask for a smaller k, or start vLLM with --max-loras {len(keys)} or more")
+            raise UsageError(
+                f"this mixture has {len(keys)} adapters, and vLLM has {self.count} slots for them: ask for a smaller "
+                f"k, or start vLLM with --max-loras {len(keys)} or more"
+            )
 
     def _serve(self) -> None:
         """Admits those that wait, as far as there is room."""
-        self._waiting = [one for one in self._waiting if not one.admitted.done()]
+        self._waiting = [mixture for mixture in self._waiting if not mixture.admitted.done()]
         while self._waiting and self._fits(self._waiting[0].keys):
             self._admit(self._waiting[0])
-        for one in self._waiting[1:]:
+        for mixture in self._waiting[1:]:
             first = self._waiting[0]
             if first.passed >= _PASSES:
                 break
-            if one.keys <= self._users.keys():
+            if mixture.keys <= self._users.keys():
                 first.passed += 1
-                self._admit(one)
+                self._admit(mixture)
 
     def _fits(self, keys: frozenset[str]) -> bool:
         return len(keys | self._users.keys() | self._loading.keys()) <= self.count
 
-    def _admit(self, asked: _Asked) -> None:
-        self._waiting.remove(asked)
-        self._users.update(asked.keys)
-        asked.admitted.set_result(None)
+    def _admit(self, mixture: _Waiting) -> None:
+        self._waiting.remove(mixture)
+        self._users.update(mixture.keys)
+        mixture.admitted.set_result(None)
 
     async def _filled(self, keys: frozenset[str]) -> None:
         """Waits until these adapters, which were admitted, are in slots. Where others load one of them beside an
         adapter that cannot be loaded, it is loaded again."""
         while True:
-            new = sorted(keys - self._slot_of.keys())
-            for key in keys - {*new}:
+            for key in keys & self._slot_of.keys():
                 self._slot_of.move_to_end(key)
-            for key in new:
-                self._slot_of[key] = self._free_slot()
-            own = asyncio.create_task(self._fill(new)) if new else None
-            self._loading |= dict.fromkeys(new, own)
-            some = {self._loading[key] for key in keys if key in self._loading}
-            if not some:
+            own = self._start_loading(sorted(keys - self._slot_of.keys()))
+            loading = {self._loading[key] for key in keys if key in self._loading}
+            if not loading:
                 return
-            await asyncio.wait(some)
+            await asyncio.wait(loading)
             if own is not None:
                 own.result()  # raises its error
 
+    def _start_loading(self, keys: list[str]) -> asyncio.Task[None] | None:
+        """Gives these adapters slots, and starts to load them; None if there are none."""
+        if not keys:
+            return None
+        for key in keys:
+            self._slot_of[key] = self._free_slot()
+        task = asyncio.create_task(self._fill(keys))
+        self._loading |= dict.fromkeys(keys, task)
+        return task
+
     def _free_slot(self) -> int:
+        """The number of a slot that is empty, or else that of the adapter that was used least recently."""
         if self._free:
             return self._free.pop()
-        used = self._users.keys() | self._loading.keys()
-        return self._slot_of.pop(next(known for known in self._slot_of if known not in used))
+        needed = self._users.keys() | self._loading.keys()
+        unneeded = next(key for key in self._slot_of if key not in needed)
+        return self._slot_of.pop(unneeded)
 
     async def _fill(self, keys: list[str]) -> None:
         try:

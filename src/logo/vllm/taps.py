@@ -65,6 +65,15 @@ class TextReader:
 Reader = Scorer | TextReader
 
 
+@dataclass(frozen=True)
+class _Use:
+    """What a reader reads at a place: the numbers of its points there, and of its descriptions."""
+
+    reader: Reader
+    points: tuple[int, ...]
+    descriptions: tuple[int, ...]
+
+
 @dataclass
 class _Reading:
     """What is known of a prompt while it is probed.
@@ -97,34 +106,43 @@ class _Step:
     @classmethod
     def of(cls, readings: Sequence[_Reading], device: torch.device) -> _Step:
         """The step of these prompts, some token of which is read in it."""
-        rows, owners, weights = [], [], []
-        for number, one in enumerate(readings):
-            span, total = one.span, len(one.span.prompt)
-            positions = torch.arange(max(span.start, one.first), span.end)
+        rows = []
+        owners = []
+        weights = []
+        for number, reading in enumerate(readings):
+            span = reading.span
+            total = len(span.prompt)
+            positions = torch.arange(max(span.start, reading.first), span.end)
             rows.append(positions + (span.row - span.start))
             owners.append(torch.full_like(positions, number))
-            read = total - one.first
+            read = total - reading.first
             late = torch.full((), FADING) ** (total - 1 - positions) * (1 - FADING) / (1 - FADING**read)
             weights.append(torch.stack([torch.full_like(late, 1 / read), late]))
-        parts = torch.cat(rows), torch.cat(owners), torch.cat(weights, dim=1)
-        return cls(tuple(readings), *(part.to(device) for part in parts))
+        return cls(
+            tuple(readings),
+            torch.cat(rows).to(device),
+            torch.cat(owners).to(device),
+            torch.cat(weights, dim=1).to(device),
+        )
 
     def add(self, number: int, values: Tensor) -> None:
         """Adds the values (n, m) of the rows to the means of this number."""
-        owners, weights = self.owners.to(values.device), self.weights.to(values.device)
+        owners = self.owners.to(values.device)
+        weights = self.weights.to(values.device)
         sums = torch.zeros(2, len(self.readings), values.shape[1], device=values.device)
         for kind in (0, 1):
             sums[kind].index_add_(0, owners, values * weights[kind][:, None])
-        for i, one in enumerate(self.readings):
-            before = one.means.get(number)
+        for i, reading in enumerate(self.readings):
+            before = reading.means.get(number)
             # A view would keep the sums of all prompts of the step.
-            one.means[number] = sums[:, i].clone() if before is None else before + sums[:, i]
+            reading.means[number] = sums[:, i].clone() if before is None else before + sums[:, i]
 
     def keep(self, place: str, values: Tensor) -> None:
         """Keeps the values (n, d) of the rows, which entered this place."""
-        values, owners = values.cpu(), self.owners.cpu()
-        for number, one in enumerate(self.readings):
-            one.kept.setdefault(place, []).append(values[owners == number])
+        values = values.cpu()
+        owners = self.owners.cpu()
+        for number, reading in enumerate(self.readings):
+            reading.kept.setdefault(place, []).append(values[owners == number])
 
 
 class Taps:
@@ -139,137 +157,148 @@ class Taps:
         self.place_of = place_of
         self._device = device
         self.readers: Mapping[tuple[str, str], Reader] = {}  # by digest of the pool, and signal
-        # place -> for each reader that reads there, the numbers of its points and of its descriptions
-        self._wanted: dict[str, list[tuple[Reader, tuple[int, ...], tuple[int, ...]]]] = {}
+        self._uses: dict[str, list[_Use]] = {}  # by place
         self._readings: dict[str, _Reading] = {}  # of prompts that run
-        self._found: OrderedDict[str, Outcome] = OrderedDict()  # of those that were run whole
+        self._outcomes: OrderedDict[str, Outcome] = OrderedDict()  # of those that were run whole
         self._steps: dict[int, _Step] = {}  # by the identity of the reader
 
     def read_by(self, readers: Mapping[tuple[str, str], Reader]) -> None:
         """Replaces the readers (by digest of the pool, and signal), by which prompts are read from now on."""
-        self.readers, self._wanted = dict(readers), {}
+        self.readers = dict(readers)
+        self._uses = {}
         for reader in self.readers.values():
             places: dict[str, list[int]] = {}
             for i, point in enumerate(reader.points):
                 places.setdefault(self.place_of(point, reader.signal.input), []).append(i)
             for place, points in places.items():
-                numbers = tuple(number for number, point in enumerate(reader.described) if point in points)
-                self._wanted.setdefault(place, []).append((reader, tuple(points), numbers))
+                descriptions = tuple(number for number, point in enumerate(reader.described) if point in points)
+                self._uses.setdefault(place, []).append(_Use(reader, tuple(points), descriptions))
 
     # -- while the model runs ------------------------------------------------------------------------------------
 
     def begin(self, spans: Sequence[Span]) -> None:
         """Sets the rows of the next step that belong to probed prompts, after completing the step before."""
         self._end_step()
-        reading: dict[int, list[_Reading]] = {}
+        by_reader: dict[int, list[_Reading]] = {}
         for span in spans:
-            found = self._readings.get(span.probe.key)
-            if found is None or found.seen != span.start:  # a new prompt, or a preempted one
-                found = self._readings[span.probe.key] = self._begun(span)
-            found.span = span
-            if found.failure is None and span.end > found.first:
-                reading.setdefault(id(found.reader), []).append(found)
-        for which, some in reading.items():
-            self._steps[which] = _Step.of(some, self._device)
+            reading = self._readings.get(span.probe.key)
+            if reading is None or reading.seen != span.start:  # a new prompt, or a preempted one
+                reading = self._begun(span)
+                self._readings[span.probe.key] = reading
+            reading.span = span
+            if reading.failure is None and span.end > reading.first:
+                by_reader.setdefault(id(reading.reader), []).append(reading)
+        for reader_id, readings in by_reader.items():
+            self._steps[reader_id] = _Step.of(readings, self._device)
         for span in spans:  # last, so that after an error above, no prompt counts as read
             self._readings[span.probe.key].seen = span.end
 
     def drop(self, key: str) -> None:
         """Forgets a prompt whose request has ended before it was read whole."""
-        found = self._readings.get(key)
-        if found is not None and found.seen < len(found.span.prompt):
+        reading = self._readings.get(key)
+        if reading is not None and reading.seen < len(reading.span.prompt):
             del self._readings[key]
 
     def _begun(self, span: Span) -> _Reading:
         """A prompt whose first tokens are run now."""
-        asked, total = span.probe, len(span.prompt)
-        reader = self.readers.get((asked.pool, asked.signal))
+        probe = span.probe
+        reader = self.readers.get((probe.pool, probe.signal))
         if reader is None:
-            what = f"the signal {asked.signal!r} of this pool" if asked.signal else "a calibration"
-            return _Reading(span, None, 0, span.start, f"nothing is read for {what} here")
+            purpose = f"the signal {probe.signal!r} of this pool" if probe.signal else "a calibration"
+            return _Reading(span, None, 0, span.start, f"nothing is read for {purpose} here")
         # Of texts whose tail is scored, what stands before that is read, too.
         whole = isinstance(reader, TextReader) and reader.signal.token == "tail"
-        first = int(total > 1) if whole else reader.signal.begin(span.prompt)
+        first = int(len(span.prompt) > 1) if whole else reader.signal.begin(span.prompt)
         missing = f"the model was run without the first {span.start} tokens of the prompt" if span.start else None
         return _Reading(span, reader, first, span.start, missing)
 
     def _end_step(self) -> None:
         """Scores the prompts that the last step has completed, and drops them. Prompts fail here if a compiler or a
         captured graph has left a tap out, since their scores would be wrong without any sign of it."""
-        steps, self._steps = self._steps, {}
-        for one in (one for step in steps.values() for one in step.readings):
-            points = () if one.reader is None else one.reader.points
-            if silent := [point.name for i, point in enumerate(points) if i not in one.added]:
-                one.failure = one.failure or f"{UNREAD} {', '.join(silent)}"
-            one.added.clear()
-        for key, one in [(key, one) for key, one in self._readings.items() if one.seen == len(one.span.prompt)]:
-            del self._readings[key]
-            self._found[key] = self._outcome(one)
-        while len(self._found) > _MOST_WAITING:
-            self._found.popitem(last=False)
+        for reading in self._stepping():
+            points = () if reading.reader is None else reading.reader.points
+            silent = [point.name for i, point in enumerate(points) if i not in reading.added]
+            if silent and reading.failure is None:
+                reading.failure = f"{UNREAD} {', '.join(silent)}"
+            reading.added.clear()
+        self._steps = {}
+        whole = [key for key, reading in self._readings.items() if reading.seen == len(reading.span.prompt)]
+        for key in whole:
+            self._outcomes[key] = self._outcome(self._readings.pop(key))
+        while len(self._outcomes) > _MOST_WAITING:
+            self._outcomes.popitem(last=False)
 
-    def _outcome(self, one: _Reading) -> Outcome:
-        if one.failure is not None or one.reader is None:
-            return one.failure or ""
+    def _stepping(self) -> list[_Reading]:
+        """The prompts that are read in the current step."""
+        return [reading for step in self._steps.values() for reading in step.readings]
+
+    def _outcome(self, reading: _Reading) -> Outcome:
+        if reading.failure is not None or reading.reader is None:
+            return reading.failure or ""
         try:
-            if isinstance(one.reader, TextReader):
-                return {place: torch.cat(parts) for place, parts in one.kept.items()}
-            return _scores(one, one.reader)
+            if isinstance(reading.reader, TextReader):
+                return {place: torch.cat(parts) for place, parts in reading.kept.items()}
+            return _scores(reading, reading.reader)
         except Exception as error:  # one prompt's failure is its own
             return f"{type(error).__name__}: {error}"
 
     def active(self, place: str) -> bool:
         """Whether anything is read at this place in the current step."""
-        return bool(self._steps) and any(id(reader) in self._steps for reader, *_ in self._wanted.get(place, ()))
+        return bool(self._steps) and any(id(use.reader) in self._steps for use in self._uses.get(place, ()))
 
     def tap(self, place: str, entering: Tensor, gather: Gather | None = None) -> None:
         """Called by the model with the hidden vectors that enter a place: (rows, d), or this rank's part of them."""
         try:
-            for reader, points, described in self._wanted.get(place, ()):
-                found = self._steps.get(id(reader))
-                if found is None:
-                    continue
-                hidden = _picked(entering, found.rows, gather)
-                if isinstance(reader, TextReader):
-                    found.keep(place, hidden)
-                else:
-                    for i in points:
-                        means = reader.signal.token == "mean"
-                        found.add(i, hidden if means else reader.signal(reader.indices[i], hidden))
-                    for number in described:
-                        found.add(len(reader.points) + number, hidden)
-                for one in found.readings:
-                    one.added.update(points)
+            for use in self._uses.get(place, ()):
+                step = self._steps.get(id(use.reader))
+                if step is not None:
+                    _read(use, step, place, _picked(entering, step.rows, gather))
         except Exception as error:  # raising here would end the engine and every answer with it
-            for one in (one for step in self._steps.values() for one in step.readings):
-                one.failure = one.failure or f"{type(error).__name__}: {error}"
+            for reading in self._stepping():
+                reading.failure = reading.failure or f"{type(error).__name__}: {error}"
 
     def take(self, keys: Sequence[str]) -> dict[str, Outcome]:
         """The outcomes of these prompts, which are dropped."""
         self._end_step()
         taken: dict[str, Outcome] = {}
         for key in keys:
-            one = self._readings.pop(key, None)
+            reading = self._readings.pop(key, None)
             missing = "the prompt was not run as a probe"
-            if one is not None:
-                missing = one.failure or f"only {one.seen} of {len(one.span.prompt)} tokens were run"
-            taken[key] = self._found.pop(key, missing)
+            if reading is not None:
+                missing = reading.failure or f"only {reading.seen} of {len(reading.span.prompt)} tokens were run"
+            taken[key] = self._outcomes.pop(key, missing)
         return taken
 
 
-def _scores(one: _Reading, scorer: Scorer) -> list[float]:
+def _read(use: _Use, step: _Step, place: str, hidden: Tensor) -> None:
+    """Adds what a reader reads of these hidden vectors (rows, d), which enter a place, to its prompts."""
+    reader = use.reader
+    if isinstance(reader, TextReader):
+        step.keep(place, hidden)
+    else:
+        for i in use.points:
+            means = reader.signal.token == "mean"
+            step.add(i, hidden if means else reader.signal(reader.indices[i], hidden))
+        for number in use.descriptions:
+            step.add(len(reader.points) + number, hidden)
+    for reading in step.readings:
+        reading.added.update(use.points)
+
+
+def _scores(reading: _Reading, scorer: Scorer) -> list[float]:
     """The scores of a prompt that was read whole."""
-    signal, responses = scorer.signal, [one.means[i] for i in range(len(scorer.points))]  # (2, adapters)
+    signal = scorer.signal
+    responses = [reading.means[i] for i in range(len(scorer.points))]  # (2, adapters)
     if signal.token == "mean":
         responses = [signal(index, mean[:1]) for index, mean in zip(scorer.indices, responses, strict=True)]
     # The readings of all points: the even ones, then the late ones.
     per_point = [finished(mean[kind : kind + 1], signal.scale) for kind in range(signal.readings) for mean in responses]
-    described = 0 if one.span.probe.plain else len(scorer.described)
-    descriptions = [one.means[len(scorer.points) + i][None] for i in range(described)]
+    described = 0 if reading.span.probe.plain else len(scorer.described)
+    descriptions = [reading.means[len(scorer.points) + i][None] for i in range(described)]
     if signal.token == "mean":  # where one vector of a prompt is scored, it is both means of the description
         descriptions = [mean[:, :1].expand(-1, 2, -1) for mean in descriptions]
-    read = torch.tensor([len(one.span.prompt) - one.first])
-    scores: list[float] = scorer.score_responses(per_point, descriptions, read, [one.span.probe.among])[0].tolist()
+    read = torch.tensor([len(reading.span.prompt) - reading.first])
+    scores: list[float] = scorer.score_responses(per_point, descriptions, read, [reading.span.probe.among])[0].tolist()
     return scores
 
 

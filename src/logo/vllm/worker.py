@@ -30,7 +30,8 @@ from logo.selection.points import Point
 from logo.selection.scorer import BaseReader, Scorer
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
-from logo.vllm.gates import StepGates, turned
+from logo.vllm.blocks import clearing, new_blocks
+from logo.vllm.gates import Rows, StepGates, turned
 from logo.vllm.layers import GatedWrapper, Tap, is_compiled, multiplied, split, tap_residual
 from logo.vllm.options import VllmOptions, log
 from logo.vllm.pool import pool_of, scoring_signals
@@ -49,10 +50,10 @@ class _Request:
     """A running request of ours."""
 
     number: int  # its id among adapters, in this worker
-    asked: Mix | Probe  # what its path says
+    content: Mix | Probe  # what its path says
     prompt: Sequence[int]  # its token ids
-    begins: tuple[int | None, ...]  # of a mixture, the position from which each adapter acts; None: nowhere
-    settled: Tensor | None = None  # of a mixture, the gate (1, slots) where all adapters act that ever do, once known
+    begins: tuple[int | None, ...] = ()  # of a mixture, the position from which each adapter acts; None: nowhere
+    gate: Tensor | None = None  # of a mixture, the gate (1, slots) where all adapters act that ever do, once known
 
 
 class _TextsNeeded(Exception):
@@ -63,29 +64,38 @@ class Worker:
     """LoGo's part of one vLLM worker, attached to the worker's LoRA manager before its model is wrapped."""
 
     def __init__(self, manager: Any, vllm_config: Any, options: VllmOptions) -> None:
-        model_config, lora = vllm_config.model_config, vllm_config.lora_config
-        self._options, self._manager, self._dtype = options, manager, lora.lora_dtype
+        model_config = vllm_config.model_config
+        lora = vllm_config.lora_config
+        self._options = options
+        self._manager = manager
+        self._dtype = lora.lora_dtype
         self._skeleton = skeleton(model_config.model, model_config.dtype, model_config.revision)
         pool = pool_of(options, self._skeleton)
         self._pools: dict[str, AdapterPool] = {pool.digest: pool}
         self._known: OrderedDict[str, Adapter] = OrderedDict()  # by key, those of the latest pool last
         self._remember(pool)
-        tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
         # Compiled layers keep the slices and the taps that they were compiled with; a changed pool may need others.
         self._compiled = is_compiled(vllm_config)
-        eager = manager.device.type == "cpu" and not self._compiled
-        sizes = tokens + 7, max(tokens, requests), lora.max_loras
-        self._gates = StepGates(*sizes, manager.device, self._dtype, eager=eager)
+        self._gates = StepGates(
+            manager.max_num_batched_tokens + 7,
+            max(manager.max_num_batched_tokens, manager.max_num_seqs),
+            lora.max_loras,
+            manager.device,
+            self._dtype,
+            eager=manager.device.type == "cpu" and not self._compiled,
+        )
         self.taps = Taps(self._place_of, manager.device)
         self.scores = self.taps.take
         self._numbers = itertools.count(_FIRST)
         self._requests: dict[str, _Request] = {}  # by vLLM's id of the request
-        self._told = set[str]()  # the adapters of which a warning says that they do not act
+        self._warned = set[str]()  # the adapters of which a warning says that they do not act
         self._step: dict[int, tuple[_Request, int]] = {}  # by number: the position of its first token in this step
         self._slots: dict[str, int] = {}  # key of an adapter -> id in vLLM's manager
+        self._block_sizes: tuple[int, ...] | None = ()  # see `clearing`; (): not known before the first step
         self._places = self._read_at(pool)
         split(vllm_config, sorted(map(str, self._places)))
-        self._max_tokens, self._tokenizer = model_config.max_model_len - 1, model_config.tokenizer
+        self._max_tokens = model_config.max_model_len - 1
+        self._tokenizer = model_config.tokenizer
         # Until a pool is replaced, also of what the cache folder does not take.
         self._store: Store = Store(cache_folder(options.settings.cache))
         # While a signal is opened: text -> place in vLLM's model -> hidden vectors (tokens, d).
@@ -98,8 +108,9 @@ class Worker:
         on, or that is probed, is not one that vLLM can adapt."""
         from vllm.distributed import tensor_model_parallel_all_gather
 
-        self._adapters = manager = self._manager._adapter_manager
+        manager = self._manager._adapter_manager
         device = self._manager.device
+        self._adapters = manager
         self._modules: dict[str, str] = {}  # module path in adapters -> path of vLLM's layer
         for path in manager.modules:
             self._modules |= dict.fromkeys(manager.packed_modules.get(path, [path]), path)
@@ -110,11 +121,12 @@ class Worker:
         manager.punica_wrapper_mapping = dict.fromkeys(manager.punica_wrapper_mapping, wrapper)
         for path, layer in manager.modules.items():
             if not multiplied(layer):
-                found = f"LoGo cannot apply adapters to {path} ({type(layer).__name__})"
-                also = "if none does, pass --lora-target-modules with the modules that the pool acts on"
-                raise ModelError(f"{found}: leave out the adapters that act on it; {also}")
-            if isinstance(b := getattr(layer, "lora_b_stacked", None), tuple):
-                layer.lora_b_stacked = tuple(turned(part) for part in b)
+                raise ModelError(
+                    f"LoGo cannot apply adapters to {path} ({type(layer).__name__}): leave out the adapters that act "
+                    "on it; if none does, pass --lora-target-modules with the modules that the pool acts on"
+                )
+            if isinstance(getattr(layer, "lora_b_stacked", None), tuple):
+                layer.lora_b_stacked = tuple(turned(b) for b in layer.lora_b_stacked)
             if hasattr(layer, "punica_wrapper"):
                 base = getattr(layer, "base_layer", None)
                 parted = getattr(base, "input_is_parallel", False) and getattr(base, "tp_size", 1) > 1
@@ -124,8 +136,8 @@ class Worker:
             try:
                 tap_residual(model.get_submodule(path), path, self.taps, device)
             except AttributeError:
-                found = type(model).__name__
-                raise ModelError(f"vLLM's {found} has no layer {path}, which is probed: use another signal") from None
+                kind = type(model).__name__
+                raise ModelError(f"vLLM's {kind} has no layer {path}, which is probed: use another signal") from None
 
     def _check_layers(self, pool: AdapterPool) -> None:
         for adapter in pool:
@@ -134,85 +146,106 @@ class Worker:
 
     def _read_at(self, pool: AdapterPool) -> frozenset[tuple[str, str]]:
         """The places that the requestable signals read: (`Signal.input`, path of a layer or module)."""
-        found, settings = set(), self._options.settings
+        settings = self._options.settings
+        places: set[tuple[str, str]] = set()
         for signal in scoring_signals(self._options, self._skeleton, pool):
-            how = settings.reading(pool, signal).input
+            entering = settings.reading(pool, signal).input
             for point in plan(self._skeleton, pool, settings, signal).points:
-                found.add((how, point.layer_path if how == "residual" else point.module))
-        return frozenset(found)
+                places.add((entering, point.layer_path if entering == "residual" else point.module))
+        return frozenset(places)
 
     def _place_of(self, point: Point, read: str) -> str:
         return point.layer_path if read == "residual" else self._layer(point.module, "the probe reads")
 
     def _layer(self, module: str, why: str) -> str:
         if module not in self._modules:
-            has = ", ".join(sorted({path.rpartition(".")[2] for path in self._modules}))
-            found = f"{why} {module}, but vLLM's {type(self._adapters.model).__name__} has no layer there"
-            raise ModelError(f"{found} that takes adapters; it has {has}")
+            there = ", ".join(sorted({path.rpartition(".")[2] for path in self._modules}))
+            kind = type(self._adapters.model).__name__
+            raise ModelError(
+                f"{why} {module}, but vLLM's {kind} has no layer there that takes adapters; it has {there}"
+            )
         return self._modules[module]
 
     # -- every step ----------------------------------------------------------------------------------------------
 
-    def begin(self, scheduled: Any) -> None:
+    def begin(self, scheduled: Any, runner: Any) -> None:
         """Notes the requests of a step (vLLM's `SchedulerOutput`), and gives each of ours an id of its own, by which
-        `write_gates` finds its rows."""
-        for gone in scheduled.finished_req_ids:
-            ended = self._requests.pop(gone, None)
-            if ended is not None and isinstance(ended.asked, Probe):
-                self.taps.drop(ended.asked.key)
+        `write_gates` finds its rows; and has vLLM's model runner clear the blocks that are new in this step."""
+        if self._block_sizes == ():
+            self._block_sizes = clearing(runner)
+        if self._block_sizes is not None:
+            scheduled.new_block_ids_to_zero = new_blocks(scheduled, self._block_sizes)
+        for request_id in scheduled.finished_req_ids:
+            ended = self._requests.pop(request_id, None)
+            if ended is not None and isinstance(ended.content, Probe):
+                self.taps.drop(ended.content.key)
         self._step = {}
         for new in scheduled.scheduled_new_reqs:
-            lora = new.lora_request
-            asked = None if lora is None else parse(lora.lora_path)
-            if asked is None:
-                continue
-            if new.req_id not in self._requests:
-                prompt = new.prompt_token_ids or [-1] * len(new.prompt_embeds)
-                begins = asked.begins(prompt) if isinstance(asked, Mix) else ()
-                self._requests[new.req_id] = _Request(next(self._numbers), asked, prompt, begins)
-                parts = zip(getattr(asked, "keys", ()), begins, strict=True)
-                warn_of_silent((self._known[key].name for key, begin in parts if begin is None), self._told)
-            found = self._requests[new.req_id]
-            new.lora_request = type(lora)(NAME, found.number, lora.lora_path)
-            self._step[found.number] = found, new.num_computed_tokens
-        cached = scheduled.scheduled_cached_reqs
-        for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            if (known := self._requests.get(name)) is not None:
-                self._step[known.number] = known, computed
+            if request := self._begun(new):
+                new.lora_request = type(new.lora_request)(NAME, request.number, new.lora_request.lora_path)
+                self._step[request.number] = request, new.num_computed_tokens
+        running = scheduled.scheduled_cached_reqs
+        for request_id, computed in zip(running.req_ids, running.num_computed_tokens, strict=True):
+            if request_id in self._requests:
+                request = self._requests[request_id]
+                self._step[request.number] = request, computed
+
+    def _begun(self, new: Any) -> _Request | None:
+        """The request that vLLM names as new, also if it was put back and begins again; None if it is not ours."""
+        content = None if new.lora_request is None else parse(new.lora_request.lora_path)
+        if content is None or new.req_id in self._requests:
+            return self._requests.get(new.req_id)
+        prompt = new.prompt_token_ids or [-1] * len(new.prompt_embeds)
+        request = _Request(next(self._numbers), content, prompt)
+        if isinstance(content, Mix):
+            request.begins = content.begins(prompt)
+            silent = [key for key, begin in zip(content.keys, request.begins, strict=True) if begin is None]
+            warn_of_silent((self._known[key].name for key in silent), self._warned)
+        self._requests[new.req_id] = request
+        return request
 
     def write_gates(self, mapping: Any) -> None:
         """Sets the gates of the step, and the rows that the taps read, by vLLM's `LoRAMapping`: the id of every token,
         and of every token whose logits are computed. Tokens of one request follow each other."""
-        tokens, sampled, spans = [], [], list[Span]()
-        ids, drawn = np.asarray(mapping.index_mapping), np.asarray(mapping.prompt_mapping)
-        place = {number: slot for slot, number in enumerate(self._adapters.lora_index_to_id)}
-        for number, (found, start) in self._step.items():
-            rows, last = np.flatnonzero(ids == number), np.flatnonzero(drawn == number)
+        token_ids = np.asarray(mapping.index_mapping)
+        sampled_ids = np.asarray(mapping.prompt_mapping)
+        gates: list[Rows] = []
+        sampled_gates: list[Rows] = []
+        spans: list[Span] = []
+        for number, (request, start) in self._step.items():
+            rows = np.flatnonzero(token_ids == number)
             if not len(rows):  # vLLM warms up
                 continue
-            row, count = int(rows[0]), len(rows)
-            if isinstance(found.asked, Probe):
-                if (read := min(count, len(found.prompt) - start)) > 0:
-                    spans.append(Span(found.asked, found.prompt, row, start, read))
+            if isinstance(request.content, Probe):
+                read = min(len(rows), len(request.prompt) - start)
+                if read > 0:
+                    spans.append(Span(request.content, request.prompt, int(rows[0]), start, read))
                 continue
-            gate, settled = found.settled, max((begin or 0 for begin in found.begins), default=0)
-            if gate is None or start < settled:  # one that was put back begins anew
-                positions = torch.arange(start, start + count)
-                gate = torch.zeros(count, self._gates.tokens.shape[1])
-                for (key, weight, _), begin in zip(found.asked.parts, found.begins, strict=True):
-                    if begin is not None:
-                        gate[:, place[self._slots[key]]] += weight * (positions >= begin)
-                if start >= settled:
-                    found.settled = gate[:1]  # its adapters stay in their slots while it runs
-            gate = gate.expand(count, -1)
-            tokens.append((row, gate))
-            if len(last):  # more than one only where tokens were guessed
-                sampled.append((int(last[0]), gate[-1:].expand(len(last), -1)))
-        self._gates.write(tokens, sampled)
+            gate = self._gate(request, request.content, start, len(rows))
+            gates.append((int(rows[0]), gate))
+            sampled_rows = np.flatnonzero(sampled_ids == number)
+            if len(sampled_rows):  # more than one only where tokens were guessed
+                sampled_gates.append((int(sampled_rows[0]), gate[-1:].expand(len(sampled_rows), -1)))
+        self._gates.write(gates, sampled_gates)
         try:
             self.taps.begin(spans)
         except Exception as error:  # such as exhausted memory: these prompts get no scores, and all others go on
             log.error("LoGo: the prompts of a step cannot be read", exc_info=error)
+
+    def _gate(self, request: _Request, mix: Mix, start: int, count: int) -> Tensor:
+        """The gate (count, slots) of tokens of a mixture, the first of which has the position `start`."""
+        settled = max((begin or 0 for begin in request.begins), default=0)
+        if request.gate is None or start < settled:  # a request that was put back begins anew
+            slots = {number: slot for slot, number in enumerate(self._adapters.lora_index_to_id)}
+            positions = torch.arange(start, start + count)
+            gate = torch.zeros(count, self._gates.tokens.shape[1])
+            for (key, weight, _), begin in zip(mix.parts, request.begins, strict=True):
+                if begin is not None:
+                    gate[:, slots[self._slots[key]]] += weight * (positions >= begin)
+            if start < settled:
+                return gate
+            request.gate = gate[:1]  # its adapters stay in their slots while it runs
+        return request.gate.expand(count, -1)
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -223,19 +256,21 @@ class Worker:
         from vllm.lora.lora_weights import LoRALayerWeights
 
         for slot, key in into:
-            number, adapter = slot + 1, self._known[key]
-            self._slots = {known: other for known, other in self._slots.items() if other != number}
+            number = slot + 1  # of vLLM's
+            adapter = self._known[key]
+            self._slots = {before: taken for before, taken in self._slots.items() if taken != number}
             self._adapters.remove_adapter(number)
             loras = {}
             for module, weights in adapter.read().items():
-                a, b = weights.A.to(self._dtype), weights.scaled_b().to(self._dtype)
+                a = weights.A.to(self._dtype)
+                b = weights.scaled_b().to(self._dtype)
                 if not bool(b.isfinite().all()):  # it would spoil the answers of others
                     raise AdapterError(adapter.name, f"{module} overflows in {self._dtype}")
                 loras[module] = LoRALayerWeights(module, len(a), 1, a, b, scaling=1.0)  # else B would be scaled again
-            made = LoRAModel(number, max(adapter.ranks), loras)
-            self._adapters.add_adapter(made)
+            model = LoRAModel(number, max(adapter.ranks), loras)
+            self._adapters.add_adapter(model)
             self._adapters.activate_adapter(number)
-            made.loras.clear()  # the slot holds it now
+            model.loras.clear()  # the slot holds it now
             self._slots[key] = number
 
     # -- pools ---------------------------------------------------------------------------------------------------
@@ -318,9 +353,9 @@ class Worker:
         touched = {module for adapter in self._known.values() for module in adapter.modules}
         for path, layer in self._adapters.modules.items():
             parts = self._adapters.packed_modules.get(path, [path])
-            known = not self._compiled and getattr(layer, "n_slices", 0) == len(parts)
+            told_apart = not self._compiled and getattr(layer, "n_slices", 0) == len(parts)
             if hasattr(layer, "punica_wrapper"):
-                layer.punica_wrapper.used = tuple(part in touched for part in parts) if known else None
+                layer.punica_wrapper.used = tuple(part in touched for part in parts) if told_apart else None
 
     def _vectors(self, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
         """A `TextRunner`: the hidden vectors of texts that vLLM has run; raises _TextsNeeded if it has not."""
@@ -333,12 +368,12 @@ class Worker:
             begins = [earliest(signal.activations, row) for row in texts.rows]
             pairs = zip(texts.rows, begins, strict=True)
             acted = torch.cat([torch.arange(int(len(row) > 1), len(row)) >= begin for row, begin in pairs])
-        found = {}
+        vectors = {}
         for place in dict.fromkeys(places):
             parts = [row[place].mean(dim=0, keepdim=True) if signal.token == "mean" else row[place] for row in rows]
             counts = torch.tensor([len(part) for part in parts])
-            found[place] = HiddenVectors(torch.cat(parts), torch.arange(len(parts)).repeat_interleave(counts), acted)
-        return (found[place] for place in places)
+            vectors[place] = HiddenVectors(torch.cat(parts), torch.arange(len(parts)).repeat_interleave(counts), acted)
+        return (vectors[place] for place in places)
 
     @functools.cached_property
     def _prompts(self) -> Prompts:

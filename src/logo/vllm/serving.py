@@ -1,0 +1,277 @@
+"""`Logo`: LoGo in vLLM's server. It selects the mixtures of a request, and has vLLM's serving objects answer with them.
+
+prompts -> Selection of each -> Mix -> vLLM's serving object, whose engine client is `Mixing` -> the reply
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import math
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from vllm import SamplingParams, envs
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.sampling_params import RequestOutputKind
+
+from logo.adapters.pool import AdapterPool
+from logo.api import bodies
+from logo.api.errors import ApiError, failed
+from logo.api.names import Models, check_pool
+from logo.api.replies import Chosen, adapter_card
+from logo.core import Options, Prompt
+from logo.errors import UsageError
+from logo.selection.selector import forced
+from logo.vllm.engine import Engine, Served
+from logo.vllm.launch import COUNT_NANS
+from logo.vllm.metrics import Counts
+from logo.vllm.options import log
+from logo.vllm.requests import Mix, prompt_number
+from logo.vllm.selftest import check
+
+NOT_FINITE = (
+    "the model's logits are NaN, so nothing can be generated from them: an adapter, or the base model, is too large "
+    "for the model's dtype; leave that adapter out, or use float32"
+)
+
+
+@dataclass(frozen=True)
+class Handler:
+    """One of vLLM's serving objects: its name in the state of the app, and its method that answers."""
+
+    name: str
+    method: str
+
+
+COMPLETIONS = Handler("openai_serving_completion", "create_completion")
+CHATS = Handler("openai_serving_chat", "create_chat_completion")
+RESPONSES = Handler("openai_serving_responses", "create_responses")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a request, which are read only where they select."""
+
+    read: Callable[[], Awaitable[Sequence[Prompt]]]
+    count: int = 1
+    listed: bool = False  # whether they were given as a list, so that the reply's field `logo` is one
+
+
+class Mixing:
+    """vLLM's engine client for one request, whose prompts have these mixtures.
+
+    Attributes:
+        ended: the numbers of the prompts whose answers have ended as they should.
+    """
+
+    def __init__(self, client: Any, engine: Engine, mixes: Sequence[Mix]) -> None:
+        self._client = client
+        self._engine = engine
+        self._mixes = mixes
+        self._lengths: dict[int, int] = {}  # number of a prompt -> its tokens
+        self.ended: set[int] = set()
+
+    async def generate(
+        self, prompt: Any, params: Any, request_id: str, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        """As the client's, after the adapters of the prompt's mixture have slots; ApiError: logits are NaN."""
+        number = prompt_number(request_id) if len(self._mixes) > 1 else 0
+        answers: dict[int, list[int]] = {}
+        async with self._engine.held([self._mix(number, len(prompt["prompt_token_ids"]))]) as [lora]:
+            kwargs["lora_request"] = lora
+            # vLLM has to hear that a client has left before others get its slots, where it would go on to compute.
+            async with aclosing(self._client.generate(prompt, params, request_id, *args, **kwargs)) as outputs:
+                async for output in outputs:
+                    if not self._marks_all(params):
+                        _add(output, params, answers)
+                        if output.finished:
+                            await self._check(prompt, answers, lora)
+                    elif output.metrics is not None and output.metrics.is_corrupted:
+                        raise failed(NOT_FINITE, "not_finite")
+                    yield output
+        self.ended.add(number)
+
+    def _mix(self, number: int, length: int) -> Mix:
+        """The mixture of a prompt, of so many tokens; if they are more than at first, it is a beam, which goes on
+        behind its prompt."""
+        first = self._lengths.setdefault(number, length)
+        mix = self._mixes[number]
+        return replace(mix, prompt=first) if first < length else mix
+
+    def _marks_all(self, params: Any) -> bool:
+        """Whether vLLM marks every answer from NaN: of several that come together it marks the last one alone, and
+        where tokens are guessed it does not know whose logits are whose."""
+        together = params.n > 1 and params.output_kind is RequestOutputKind.FINAL_ONLY
+        return not together and self._client.vllm_config.speculative_config is None
+
+    async def _check(self, prompt: Any, answers: Mapping[int, Sequence[int]], lora: Any) -> None:
+        """Raises ApiError if the logits of the last token of an answer are NaN, as they are once any before were."""
+        once = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0, detokenize=False)
+        for tokens in answers.values():
+            again = {"prompt_token_ids": [*prompt["prompt_token_ids"], *tokens[:-1]]}
+            async for output in self._client.generate(again, once, f"logo-{uuid.uuid4().hex}", lora_request=lora):
+                [places] = output.outputs[0].logprobs
+                if any(math.isnan(token.logprob) for token in places.values()):
+                    raise failed(NOT_FINITE, "not_finite")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+
+def _add(output: Any, params: Any, answers: dict[int, list[int]]) -> None:
+    """Adds the tokens of one of vLLM's outputs to those of the answers, by index."""
+    for answer in output.outputs:
+        before = answers.get(answer.index, []) if params.output_kind is RequestOutputKind.DELTA else []
+        before.extend(answer.token_ids)
+        answers[answer.index] = before
+
+
+class Logo:
+    """LoGo in a server, as `app.state.logo`: an open engine, and the names of the base model alone."""
+
+    def __init__(self, engine: Engine, names: Sequence[str]) -> None:
+        self.engine = engine
+        self.bases = names
+        self.base = names[0]
+        self.counts = Counts()
+        # Kept, since files may be removed later.
+        self.cards = {adapter.name: adapter_card(adapter) for adapter in self.pool}
+
+    @classmethod
+    async def opened(cls, client: Any, state: Any) -> Logo:
+        """Opens the pool in the engine of a server; raises LoGoError."""
+        started = time.perf_counter()
+        models = state.openai_serving_models
+        if models.lora_requests or models.lora_resolvers:
+            advice = "put the adapters of --lora-modules and resolvers into the pool"
+            raise UsageError(f"LoGo fills all of vLLM's slots: {advice}")
+        if not envs.VLLM_COMPUTE_NANS_IN_LOGITS:
+            raise UsageError(f"{COUNT_NANS} is 0, so that vLLM would answer from NaN without a sign of it: unset it")
+        if not client.log_stats:
+            raise UsageError("--disable-log-stats: vLLM marks answers from NaN in its statistics only; leave it out")
+        engine = _engine(client)
+        await engine.open()
+        names = tuple(path.name for path in models.base_model_paths)
+        for name in names:
+            check_pool(name, engine.served.pool.names)
+        await check(engine)
+        seconds = time.perf_counter() - started
+        signal = engine.options.settings.signal
+        log.info("LoGo: %d adapters, signal %s, ready in %.1f s", len(engine.served.pool), signal, seconds)
+        return cls(engine, names)
+
+    @property
+    def pool(self) -> AdapterPool:
+        """What prompts are selected from now."""
+        return self.engine.served.pool
+
+    async def change(self, kind: str, name: str, folder: str = "") -> None:
+        """See `Engine.change`."""
+        await self.engine.change(kind, name, folder)
+        before = {other: card for other, card in self.cards.items() if other != name}
+        self.cards = {adapter.name: before.get(adapter.name) or adapter_card(adapter) for adapter in self.pool}
+
+    def names(self, served: Served | None = None) -> Models:
+        """The names that requests may give as `model`, for a pool (None: as it is now)."""
+        served = served or self.engine.served
+        return Models(self.base, served.pool.names, tuple(served.opened))
+
+    async def choose(
+        self, model: str, options: bodies.LogoOptions | None, prompts: Prompts, alone: bool = False
+    ) -> tuple[list[Chosen], list[Mix]]:
+        """The mixture of each prompt of a request; `alone`: as `Probe`. ApiError, LoGoError: there is no such model, or
+        the options cannot be used."""
+        engine = self.engine
+        async with engine.using() as served:
+            mixture = self.names(served).mixture_request(self.base if model in self.bases else model, options)
+            if mixture.adapters is not None:
+                chosen = [Chosen(forced(mixture.adapters, served.pool))] * prompts.count
+            else:
+                call = engine.options.settings.options(served.pool, mixture.options)
+                rows = await prompts.read()
+                chosen = list(await asyncio.gather(*(self._chosen(served, row, call, alone) for row in rows)))
+            mixes = [engine.mix(served, choice.selection) for choice in chosen]
+        for mix in mixes:
+            engine.slots.check(mix.keys)
+        return chosen, mixes
+
+    async def _chosen(self, served: Served, row: Prompt, call: Options, alone: bool) -> Chosen:
+        started = time.perf_counter()
+        selection = await self.engine.select(served, row, call, alone)
+        seconds = time.perf_counter() - started
+        self.counts.selected(selection, seconds)
+        return Chosen(selection, 1000 * seconds)
+
+    async def answer(self, request: Any, raw: Request, handler: Handler, prompts: Prompts) -> Response:
+        """Has one of vLLM's serving objects answer a request, parsed by its class, with the mixtures of its prompts."""
+        serving = getattr(raw.app.state, handler.name)
+        if serving is None:
+            raise ApiError(501, "this model does not answer requests of this kind", "invalid_request_error")
+        model = request.model
+        chosen, mixes = await self.choose(model, _options(request), prompts, request.cache_salt is not None)
+        mixing = Mixing(serving.engine_client, self.engine, mixes)
+        serving = copy.copy(serving)
+        serving.engine_client = mixing
+        serving.models = copy.copy(serving.models)
+        serving.models.model_name = lambda lora_request=None: model
+        request.model = self.base
+        reply = await getattr(serving, handler.method)(request, raw)
+        if isinstance(reply, ErrorResponse):
+            return JSONResponse(reply.model_dump(), reply.error.code)
+
+        def count() -> None:
+            for number in mixing.ended:
+                self.counts.answered(chosen[number].selection)
+
+        mixtures = [choice.reply() for choice in chosen]
+        field = mixtures if prompts.listed else mixtures[0]
+        if hasattr(reply, "model_dump"):
+            count()
+            return JSONResponse({**reply.model_dump(mode="json", by_alias=True), "logo": field})
+        return StreamingResponse(_stream(reply, json.dumps(field), count), media_type="text/event-stream")
+
+
+def _options(request: Any) -> bodies.LogoOptions | None:
+    """The field `logo` of a request; ApiError: it is not valid, or stands elsewhere, or there is no model."""
+    extra = request.model_extra or {}
+    body = {name: extra[name] for name in bodies.LogoOptions.model_fields if name in extra}
+    body |= {"model": request.model or None, "logo": extra.get("logo")}
+    return bodies.checked(bodies.ModelRequest, body).logo
+
+
+async def _stream(events: AsyncIterator[Any], field: str, count: Callable[[], None]) -> AsyncIterator[str]:
+    """The events of a stream, the first of which gets the field `logo`; `count` is called when it has ended."""
+    first = True
+    try:
+        async for event in events:
+            if not isinstance(event, str):  # of `/v1/responses`
+                body = event.model_dump_json(by_alias=True)
+                event = f"event: {getattr(event, 'type', 'unknown')}\ndata: {body}\n\n"
+            if first and "data: {" in event:
+                event = event.replace("data: {", f'data: {{"logo": {field}, ', 1)
+                first = False
+            yield event
+    finally:
+        count()
+
+
+def _engine(client: Any) -> Engine:
+    """The engine of a server, which is not open yet."""
+
+    async def answer(ids: Sequence[int], parameters: Any, lora: Any) -> Any:
+        prompt = {"prompt_token_ids": list(ids)}
+        outputs = client.generate(prompt, parameters, f"logo-{uuid.uuid4().hex}", lora_request=lora)
+        return [output async for output in outputs][-1]
+
+    async def run(rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
+        return list(await asyncio.gather(*(answer(*row) for row in rows)))
+
+    return Engine(lambda *args: client.collective_rpc("logo", args=args), run, client.vllm_config)
