@@ -123,20 +123,19 @@ def _replicas(
     with listening(server.host, server.port) as free:  # another process will listen there
         host, port = free.getsockname()[:2]
     open_ = functools.partial(vllm_app, launch.command[3:])  # after `python -m MODULE`
-    found = expected(layout, launch.pool, absolute_base(base_model, MODEL_DIR), model_dir=os.path.abspath(MODEL_DIR))
+    there = expected(layout, launch.pool, absolute_base(base_model, MODEL_DIR), model_dir=os.path.abspath(MODEL_DIR))
     # Those of this process that a replica on another machine has to have, too.
     inherited = {name: os.environ[name] for name in (API_KEY, LORA_UPDATES) if name in os.environ}
     variables = launch.environment(inherited)
 
     def plan(ray_options: Mapping[str, Any]) -> ReplicaPlan:
-        return ReplicaPlan(open_, variables, found, guards, layout.count, ray_options)
+        return ReplicaPlan(open_, variables, there, guards, layout.count, ray_options)
 
     serve_replicas(layout, plan, host, port, note)
 
 
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions, given: Sequence[str]) -> Launch:
-    from logo.mixing.cache import bytes_of
-    from logo.vllm.launch import CPU_CACHE_GB, Launch
+    from logo.vllm.launch import Launch
     from logo.vllm.options import VllmOptions
     from logo.vllm.pool import rank_of, slots_of, targets_of
 
@@ -151,25 +150,14 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
         "origins": server.cors or [],
     }
     VllmOptions.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse
-    on_cpu = _on_cpu()
-    dtype = options.dtype if options.dtype not in (None, "auto") else "float32" if on_cpu else "auto"
     fitted = _fitted(options, base_model, server)
     k = config.get("k") or fitted.default_k
     slots = slots_of(fitted, k, os.environ.get(LORA_UPDATES, "0").strip().lower() in ("1", "true"))
     note(f"{len(fitted)} adapters, {slots} slots of rank {rank_of(fitted)}")
+    flags = _flags(options, server, given)
     template = _chat_template(base_model, source)
-    cache = server.kv_cache_gb if server.kv_cache_gb is not None else CPU_CACHE_GB if on_cpu else None
-    # With a seed, a prompt that is read in parts ends vLLM on CPUs, whose generators cannot be put back.
-    whole = on_cpu and not any(flag.replace("_", "-").startswith("--max-num-batched-tokens") for flag in given)
-    flags = [
-        *("--dtype", str(dtype)),
-        *("--max-num-seqs", str(server.max_concurrent)),
-        *(() if cache is None else ("--kv-cache-memory-bytes", str(bytes_of("--kv-cache-gb", cache)))),
-        *(("--block-size", str(_CPU_BLOCK)) if on_cpu else ()),
-        *(("--no-enable-chunked-prefill",) if whole else ()),
-        *("--allowed-origins", json.dumps(server.cors or [])),
-        *(() if template is None else ("--chat-template", template)),
-    ]
+    if template is not None:
+        flags += ["--chat-template", template]
     return Launch(
         model=str(Path(source).absolute()) if Path(source).is_dir() else source,
         name=server.model_name(base_model),
@@ -186,15 +174,38 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     )
 
 
+def _flags(options: EngineOptions, server: ServerOptions, given: Sequence[str]) -> list[str]:
+    """Flags of vLLM that do not depend on the pool; `given`: the user's."""
+    from logo.mixing.cache import bytes_of
+    from logo.vllm.launch import CPU_CACHE_GB
+
+    on_cpu = _on_cpu()
+    dtype = options.dtype
+    if dtype in (None, "auto"):
+        dtype = "float32" if on_cpu else "auto"
+    flags = ["--dtype", str(dtype), "--max-num-seqs", str(server.max_concurrent)]
+    cache_gb = server.kv_cache_gb
+    if cache_gb is None and on_cpu:
+        cache_gb = CPU_CACHE_GB
+    if cache_gb is not None:
+        flags += ["--kv-cache-memory-bytes", str(bytes_of("--kv-cache-gb", cache_gb))]
+    if on_cpu:
+        flags += ["--block-size", str(_CPU_BLOCK)]
+        # With a seed, a prompt that is read in parts ends vLLM on CPUs, whose generators cannot be put back.
+        if not any(flag.replace("_", "-").startswith("--max-num-batched-tokens") for flag in given):
+            flags.append("--no-enable-chunked-prefill")
+    return [*flags, "--allowed-origins", json.dumps(server.cors or [])]
+
+
 def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> AdapterPool:
     """The pool, which can be served with these options."""
     from logo.api.names import check_pool
     from logo.selection.plan import plan
 
-    model, settings = skeleton(load_config(base_model, model_dir=MODEL_DIR)), selection_settings(options)
+    model = skeleton(load_config(base_model, model_dir=MODEL_DIR))
     pool = open_pool(options, base_model).fit(BaseLayout.of(model))
     check_pool(server.model_name(base_model), pool.names)
-    plan(model, pool, settings)  # refuses a pool that cannot be scored, before vLLM is started
+    plan(model, pool, selection_settings(options))  # refuses a pool that cannot be scored, before vLLM is started
     return pool
 
 

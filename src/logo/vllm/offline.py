@@ -400,13 +400,16 @@ class VllmLoGo(AnsweringEngine):
 
         # Checks the pairs. vLLM needs room for one more token behind a prompt, even if none is requested.
         continued_rows(pairs, mixtures, (self.prompts.context or 0) - 1)
-        if (head := head_adapter(pool)) is not None:
-            what = f"adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last token alone"
-            raise UsageError(f"score: {what}; use the engine 'local'")
+        head = head_adapter(pool)
+        if head is not None:
+            why = f"adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last token alone"
+            raise UsageError(f"score: {why}; use the engine 'local'")
         # The last gold token is only predicted, never read. Of the others, vLLM gives the log probability of each and
         # of one of the most likely ones in its place.
         once: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
-        rows, options, mixes = [], [], []
+        rows = []
+        options = []
+        mixes = []
         for (ids, gold), mixture in zip(pairs, mixtures, strict=True):
             rows.append([*ids, *gold[:-1]])
             likely = 1 if len(gold) > 1 else None

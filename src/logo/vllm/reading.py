@@ -133,8 +133,8 @@ class Conversation:
         if text is None:
             return await self.whole()
         params = self.request.build_tok_params(self.state.engine_client.model_config)
-        asked = await text_prompt(self.state, text, params)
-        return Prompt((await self.whole()).ids, asked.ids) if probing.whole else asked
+        prompt = await text_prompt(self.state, text, params)
+        return Prompt((await self.whole()).ids, prompt.ids) if probing.whole else prompt
 
 
 async def history_of(handler: Any, request: ResponsesRequest) -> History:

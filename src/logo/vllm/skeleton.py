@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,17 @@ from logo.models import fetch, loading, stored
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the checkpoint: its file, a sample of its values, and its type there."""
+
+    file: Path
+    sample: Tensor
+    dtype: torch.dtype
 
 
 def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
@@ -43,35 +54,36 @@ def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> Pr
         names.add(name)
         tensor.read = functools.partial(torch.empty, 0)
         if name in samples:
-            file, sample, tensor.stored = samples[name]
-            kind = dtype if tensor.is_floating_point() else tensor.dtype
-            tensor.sample, tensor.read = sample.to(kind).float(), functools.partial(_tensor, file, name, kind)
+            computed = dtype if tensor.is_floating_point() else tensor.dtype
+            tensor.stored = samples[name].dtype
+            tensor.sample = samples[name].sample.to(computed).float()
+            tensor.read = functools.partial(_tensor, samples[name].file, name, computed)
     if names - samples.keys():
-        model.others = _others(Path(folder), {name: one for name, one in samples.items() if name not in names})
+        model.others = _others(Path(folder), {name: samples[name] for name in samples if name not in names})
     return model
 
 
-def _others(folder: Path, samples: Mapping[str, tuple[Path, Tensor, torch.dtype]]) -> bytes:
+def _others(folder: Path, samples: Mapping[str, _Stored]) -> bytes:
     """Digest of these tensors, such as those of quantised layers; without any, of the sizes and times of all files."""
     digest = hashlib.sha256()
-    for name, (_, sample, dtype) in sorted(samples.items()):
-        digest.update(f"{name} {dtype}".encode() + sample.numpy().tobytes())
+    for name in sorted(samples):
+        digest.update(f"{name} {samples[name].dtype}".encode() + samples[name].sample.numpy().tobytes())
     for file in [] if samples else sorted(file for file in folder.iterdir() if file.is_file()):
         about = file.stat()
         digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}".encode())
     return digest.digest()
 
 
-def _samples(folder: Path) -> Mapping[str, tuple[Path, Tensor, torch.dtype]]:
-    """Tensor name -> its file, a sample and its type. Files are mapped into memory, so that little of them is read."""
+def _samples(folder: Path) -> Mapping[str, _Stored]:
+    """The tensors of the checkpoint, by name. Files are mapped into memory, so that little of them is read."""
     index = folder / _INDEX
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {_WEIGHTS}
-    samples: dict[str, tuple[Path, Tensor, torch.dtype]] = {}
+    samples: dict[str, _Stored] = {}
     for path in sorted(folder / name for name in names if (folder / name).is_file()):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(key)
-                samples[key] = path, sampled(tensor), tensor.dtype
+                samples[key] = _Stored(path, sampled(tensor), tensor.dtype)
     return samples
 
 

@@ -116,7 +116,7 @@ class Worker:
             self._modules |= dict.fromkeys(manager.packed_modules.get(path, [path]), path)
         for pool in self._pools.values():
             self._check_layers(pool)
-        read = {self._modules.get(module) for how, module in self._places if how != "residual"}
+        read = {self._modules.get(module) for entering, module in self._places if entering != "residual"}
         wrapper = GatedWrapper(manager.max_num_batched_tokens, manager.max_num_seqs, device, self._gates)
         manager.punica_wrapper_mapping = dict.fromkeys(manager.punica_wrapper_mapping, wrapper)
         for path, layer in manager.modules.items():
@@ -132,7 +132,7 @@ class Worker:
                 parted = getattr(base, "input_is_parallel", False) and getattr(base, "tp_size", 1) > 1
                 gather = tensor_model_parallel_all_gather if parted else None
                 layer.punica_wrapper = wrapper.of_layer(Tap(path, self.taps, device, gather, path in read))
-        for path in sorted(path for how, path in self._places if how == "residual"):
+        for path in sorted(path for entering, path in self._places if entering == "residual"):
             try:
                 tap_residual(model.get_submodule(path), path, self.taps, device)
             except AttributeError:
@@ -181,7 +181,8 @@ class Worker:
                 self.taps.drop(ended.content.key)
         self._step = {}
         for new in scheduled.scheduled_new_reqs:
-            if request := self._begun(new):
+            request = self._begun(new)
+            if request is not None:
                 new.lora_request = type(new.lora_request)(NAME, request.number, new.lora_request.lora_path)
                 self._step[request.number] = request, new.num_computed_tokens
         running = scheduled.scheduled_cached_reqs
@@ -280,7 +281,7 @@ class Worker:
         and returns its digest. LoGoError: the change cannot be made; nothing has changed."""
         pool = pool_of(self._options, self._skeleton, self._pools[before], change)
         unread = self._read_at(pool) - self._places
-        if unread and (self._compiled or any(how == "residual" for how, _ in unread)):
+        if unread and (self._compiled or any(entering == "residual" for entering, _ in unread)):
             where = ", ".join(sorted(path for _, path in unread))
             raise UsageError(f"this pool is probed at {where}, which the server cannot read: restart it with this pool")
         self._check_layers(pool)
@@ -312,14 +313,15 @@ class Worker:
             scorer reads, and its `selector`. ModelError: a text was not read whole.
         """
         if fresh:
-            self._store, self._kept = Store(None), {}
+            self._store = Store(None)
+            self._kept = {}
         for text, (key, vectors) in zip(texts, self.taps.take(keys).items(), strict=True):
             if not isinstance(vectors, dict):
                 raise ModelError(f"calibration text {key}: {vectors}")
             self._kept.setdefault(tuple(text), {}).update(vectors)
-        scorers: Any = {which: one for which, one in self.taps.readers.items() if which[1]}
-        earlier = (one for (_, name), one in reversed(scorers.items()) if name == signal)
-        before = scorers.get((digest, signal)) or next(earlier, None)
+        scorers: Any = {key: reader for key, reader in self.taps.readers.items() if key[1]}  # and no texts
+        of_signal = (scorer for (_, name), scorer in reversed(scorers.items()) if name == signal)
+        before = scorers.get((digest, signal)) or next(of_signal, None)
         base = BaseReader(self._skeleton, self._prompts.texts, self._vectors, self._manager.device, self._store)
         try:
             scorer = Scorer.open(base, self._pools[digest], self._options.settings, signal, before=before)
@@ -333,7 +335,7 @@ class Worker:
         self._kept = {}
         self.taps.read_by({**scorers, (digest, signal): scorer})
         self._note_used()
-        return {"texts": [], "points": [one.name for one in scorer.points], "selector": asdict(scorer.selector)}
+        return {"texts": [], "points": [point.name for point in scorer.points], "selector": asdict(scorer.selector)}
 
     def expected(self, digest: str, signal: str) -> tuple[list[int], list[float]] | None:
         """The first text of the calibration (token ids), and the scores of its responses; None: there is none."""
@@ -346,7 +348,7 @@ class Worker:
     def drop(self, digest: str) -> None:
         """Forgets a pool that nobody selects from any more; its adapters stay in their slots until these are needed."""
         self._pools.pop(digest, None)
-        self.taps.read_by({which: one for which, one in self.taps.readers.items() if which[0] != digest})
+        self.taps.read_by({key: reader for key, reader in self.taps.readers.items() if key[0] != digest})
 
     def _note_used(self) -> None:
         """Tells the layers on which of their slices adapters act; they keep multiplying all (None) if compiled."""
