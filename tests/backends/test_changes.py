@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from engines import mixtures
 
 from logo import LoGo
@@ -194,6 +195,21 @@ def test_a_text_is_tokenized_beside_the_event_loop(inside: Any) -> None:
 
     [expected] = inside.prompts.read(["What is 7 plus 5?"])
     assert asyncio.run(whole()).ids == expected.ids
+
+
+def test_infinite_logits_are_marked_as_others_that_are_not_finite() -> None:
+    """Of an adapter of the output head: vLLM marks answers by NaN alone."""
+    from logo.vllm.gates import StepGates
+    from logo.vllm.layers import GatedWrapper
+
+    cpu = torch.device("cpu")
+    gates = StepGates(8, 8, 1, cpu, torch.float32, eager=True)
+    gates.write((), [(1, torch.ones(1, 1))])
+    logits = torch.zeros(2, 4)
+    a = torch.full((1, 1, 2, 3), 1e4)
+    b = torch.full((1, 1, 4, 2), 1e10)
+    GatedWrapper(8, 8, cpu, gates).add_lora_logits(logits, torch.full((2, 3), 1e30), a, b, 1.0)
+    assert (logits[0] == 0).all() and logits[1].isnan().all()
 
 
 def test_slots_are_free_only_after_vllm_has_heard_that_a_client_left() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, TextStreamer
 
+from http_server import eventually
 from logo import AdapterPool, LoGo, UsageError, plugins
 from logo.adapters.peft import EXAMPLES
 from logo.errors import LoGoError, ModelError, PoolError
@@ -397,7 +398,9 @@ def test_vllms_processes_find_a_signal_of_a_plugin_through_their_environment(
     made: Any = LoGo.from_pretrained("demo", engine="vllm", signal="quiet", k=3, model_kwargs=options)
     with closing(made):
         same_answers(made.generate(rows[:2], max_new_tokens=8), local.generate(rows[:2], max_new_tokens=8))
-        for process in made.llm.llm_engine.engine_core.resources.engine_manager.processes:
+        resources = made.llm.llm_engine.engine_core.resources
+        for process in resources.engine_manager.processes:
             process.kill()
+        eventually(lambda: resources.engine_dead)
         with pytest.raises(ModelError, match="vLLM's engine has ended, for the reason that it wrote before: close"):
             made.generate(rows[:2], max_new_tokens=8)
