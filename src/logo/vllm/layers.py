@@ -116,12 +116,11 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         a = lora_a_stacked[:, 0]
         b = lora_b_stacked[:, 0].transpose(1, 2)
         part = y[:, : b.shape[2]]
-        if not self.gates.eager:
+        if self.gates.eager:
+            for group in self.gates.sampled_groups:
+                group.add(part, x, a, b)
+        else:
             part.add_(gated(x, a, b, self.gates.sampled[: x.shape[0]]).to(y.dtype))
-        elif not self.gates.sampled_groups:
-            return
-        for group in self.gates.sampled_groups:
-            group.add(part, x, a, b)
         part.masked_fill_(part.isinf(), torch.nan)  # only NaN marks an answer as not finite
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **kwargs: Any) -> None:

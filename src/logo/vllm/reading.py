@@ -141,7 +141,7 @@ async def history_of(handler: Any, request: ResponsesRequest) -> History:
     """What vLLM's serving object of `/v1/responses` has stored of the response that a request goes on from; ApiError:
     nothing."""
     name = request.previous_response_id
-    if name is None:
+    if name is None or handler is None:  # a model may have none
         return History()
     async with handler.response_store_lock:
         response = handler.response_store.get(name)
