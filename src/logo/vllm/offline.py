@@ -350,7 +350,7 @@ class VllmLoGo(AnsweringEngine):
         if streamer is not None:
             streamer.put(torch.tensor([batch.rows[0]]))
             for token in tokens[0]:
-                streamer.put(torch.tensor(token))
+                streamer.put(torch.tensor([token]))
             streamer.end()
         seconds = (time.perf_counter() - started) / len(tokens)
         kinds = ["gated" if mix.parts else "none" for mix in mixes]
