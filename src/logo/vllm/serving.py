@@ -34,7 +34,7 @@ from logo.vllm.engine import Engine, Served
 from logo.vllm.launch import COUNT_NANS
 from logo.vllm.metrics import Counts
 from logo.vllm.options import log
-from logo.vllm.requests import Mix, prompt_number
+from logo.vllm.requests import Mix, lora_request, prompt_number
 from logo.vllm.selftest import check
 
 NOT_FINITE = (
@@ -84,8 +84,9 @@ class Mixing:
     ) -> AsyncGenerator[Any, None]:
         """As the client's, after the adapters of the prompt's mixture have slots; ApiError: logits are NaN."""
         number = prompt_number(request_id) if len(self._mixes) > 1 else 0
+        mix = self._mix(number, len(prompt["prompt_token_ids"]))
         answers: dict[int, list[int]] = {}
-        async with self._engine.held([self._mix(number, len(prompt["prompt_token_ids"]))]) as [lora]:
+        async with self._engine.held([mix]) as [lora]:
             kwargs["lora_request"] = lora
             # vLLM has to hear that a client has left before others get its slots, where it would go on to compute.
             async with aclosing(self._client.generate(prompt, params, request_id, *args, **kwargs)) as outputs:
@@ -93,7 +94,7 @@ class Mixing:
                     if not self._marks_all(params):
                         _add(output, params, answers)
                         if output.finished:
-                            await self._check(prompt, answers, lora)
+                            await self._check(prompt["prompt_token_ids"], answers, mix)
                     elif output.metrics is not None and output.metrics.is_corrupted:
                         raise failed(NOT_FINITE, "not_finite")
                     yield output
@@ -112,11 +113,14 @@ class Mixing:
         together = params.n > 1 and params.output_kind is RequestOutputKind.FINAL_ONLY
         return not together and self._client.vllm_config.speculative_config is None
 
-    async def _check(self, prompt: Any, answers: Mapping[int, Sequence[int]], lora: Any) -> None:
+    async def _check(self, prompt: Sequence[int], answers: Mapping[int, Sequence[int]], mix: Mix) -> None:
         """Raises ApiError if the logits of the last token of an answer are NaN, as they are once any before were."""
+        if not all(where.everywhere for _, _, where in mix.parts):  # adapters act on the same tokens again
+            mix = replace(mix, prompt=mix.prompt or len(prompt))
+        lora = lora_request(mix) if mix.parts else None
         once = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0, detokenize=False)
         for tokens in answers.values():
-            again = {"prompt_token_ids": [*prompt["prompt_token_ids"], *tokens[:-1]]}
+            again = {"prompt_token_ids": [*prompt, *tokens[:-1]]}
             async for output in self._client.generate(again, once, f"logo-{uuid.uuid4().hex}", lora_request=lora):
                 [places] = output.outputs[0].logprobs
                 if any(math.isnan(token.logprob) for token in places.values()):
