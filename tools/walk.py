@@ -62,7 +62,7 @@ def evaluate(folder: Path) -> Callable[[], object]:
     from logo.cli import evaluate as command
 
     def evaluated(name: str) -> None:
-        code = command.evaluate(
+        options = command.OfficialOptions(
             dataset="antonym",
             data_dir=str(assets_dir() / "heldout"),
             limit=4,
@@ -71,6 +71,7 @@ def evaluate(folder: Path) -> Callable[[], object]:
             max_new_tokens=8,
             result_dir=str(folder / name),
         )
+        code = command.evaluate(options=options)
         if code != 0:
             raise RuntimeError("the evaluation failed")
 

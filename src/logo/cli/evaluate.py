@@ -266,25 +266,28 @@ def answered(
     """Answers datasets, and prints the official line and the folder of each as it is done; returns the exit code."""
     from logo.evaluation.run import Run, answer_datasets, warn_of_copies
 
-    label = _Label.of(opening, rows)
+    folder = _run_folder(opening, rows)  # of a method that picks the whole pool, the number of adapters is missing
     datasets = rows.datasets(official=opening.options.get("preset") == "official")
     for dataset in datasets:
         warn_of_copies(dataset, opening.method)
     check_writable(rows.result_dir)
-    if label.folder().exists():
-        check_writable(label.folder())
+    if folder.exists():
+        check_writable(folder)
     quiet_transformers()
+    batch_size = rows.batch_size
+    if opening.options.get("engine") == "vllm" and batch_size == 1:
+        batch_size = max(1, VLLM_BATCH // (workers.workers or 1))
     results: list[dict[str, Any]] = []
     with ExitStack() as stack, progress(disable=not err.is_terminal) as bars:
         began = time.perf_counter()
         facts, work = _opened(opening, workers, stack)
         loading = time.perf_counter() - began
         answering = Run(
-            label.folder(pool_size=len(facts.identity["pool"])),
+            _run_folder(opening, rows, pool_size=len(facts.identity["pool"])),
             facts,
             work,
             opening.method,
-            batch_size=_batch_size(opening, rows, workers),
+            batch_size=batch_size,
             overwrite=rows.overwrite,
             loading=loading,
             command=command,
@@ -302,42 +305,24 @@ def answered(
     return show(results, json=json)
 
 
-@dataclass(frozen=True)
-class _Label:
-    """What names the folder of a run; `k` is the number of adapters per prompt, None: all of the pool."""
+def _run_folder(opening: Opening, rows: RowOptions, pool_size: int = 0) -> Path:
+    """The folder of a run on a pool of so many adapters; UsageError if the run's name cannot be part of it."""
+    from logo.evaluation.results import run_folder
 
-    opening: Opening
-    rows: RowOptions
-    method: str
-    k: int | None
-
-    @classmethod
-    def of(cls, opening: Opening, rows: RowOptions) -> _Label:
-        """The label of a run."""
-        picks = None if opening.method is None else opening.method.picks
-        k: int | None = None
-        if picks is None:
-            sources = pool_sources(opening.pool, opening.base_model, MODEL_DIR)
-            k = opening.options["k"] or default_k(sources, DEFAULT_K)
-        elif picks != "pool":
-            k = picks
-        return cls(opening, rows, "logo" if opening.method is None else opening.method.name, k)
-
-    def folder(self, pool_size: int = 0) -> Path:
-        """The folder of the run on a pool of so many adapters; UsageError if the run's name cannot be part of it."""
-        from logo.evaluation.results import run_folder
-
-        signal = str(self.opening.options["signal"])
-        k = pool_size if self.k is None else self.k
-        rows = self.rows
-        return run_folder(rows.result_dir, self.opening.base_model, signal, k, rows.seed, self.method, rows.run_name)
-
-
-def _batch_size(opening: Opening, rows: RowOptions, workers: WorkerOptions) -> int:
-    """Rows that are answered together: where the user does not say, as many as vLLM schedules."""
-    if opening.options.get("engine") == "vllm" and rows.batch_size == 1:
-        return max(1, VLLM_BATCH // (workers.workers or 1))
-    return rows.batch_size
+    method = opening.method
+    adapters_per_prompt = None if method is None else method.picks
+    if adapters_per_prompt is None:
+        sources = pool_sources(opening.pool, opening.base_model, MODEL_DIR)
+        adapters_per_prompt = opening.options["k"] or default_k(sources, DEFAULT_K)
+    return run_folder(
+        rows.result_dir,
+        opening.base_model,
+        str(opening.options["signal"]),
+        pool_size if adapters_per_prompt == "pool" else adapters_per_prompt,
+        rows.seed,
+        "logo" if method is None else method.name,
+        rows.run_name,
+    )
 
 
 def _shown_in(bars: Progress) -> Callable[[Dataset, int], None]:

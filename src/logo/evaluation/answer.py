@@ -35,7 +35,7 @@ from logo.rows import Row
 from logo.selection.signals import SIGNALS
 
 if TYPE_CHECKING:
-    from logo.core import Generation, Prompt
+    from logo.core import Generation
     from logo.engine import LoGo
     from logo.evaluation.datasets import Dataset
 
@@ -118,7 +118,9 @@ class Answerer:
         """
         prepared = self._prepared_for(dataset)
         rows = dataset.rows[block.start : block.stop]
-        forms = [self._form(row) for row in rows]
+        forms = [
+            AnswerForm(row.whole and not self.first_lines, front_of(self.logo, row), self.first_lines) for row in rows
+        ]
         began = time.perf_counter()
         outcomes = self._outcomes(prepared, rows, self._options(forms))
         seconds = (time.perf_counter() - began) / max(1, len(rows))
@@ -144,10 +146,6 @@ class Answerer:
             self._prepared = dataset.name, prepared
         return self._prepared[1]
 
-    def _form(self, row: Row) -> AnswerForm:
-        """How the answer to a row is read."""
-        return AnswerForm(row.whole and not self.first_lines, front_of(self.logo, row), self.first_lines)
-
     def _options(self, forms: Sequence[AnswerForm]) -> dict[str, Any]:
         """The options of `LoGo.generate` for answers of these forms, which are generated together."""
         options = {"max_new_tokens": self.max_new_tokens, **self.generation}
@@ -161,7 +159,8 @@ class Answerer:
             return []
         prompts = [row.prompt for row in rows]
         try:
-            read = read_quietly(self.logo, prompts, self.max_new_tokens)
+            with cuts_told_by_row():
+                read = self.logo.prompts.read(prompts, self.max_new_tokens)
             selections = None if prepared.select is None else prepared.select(prompts, len(prompts))
             engine = prepared.engine or self.logo
             answers = engine.generate(read, adapters=selections, batch_size=len(read), **options)
@@ -181,11 +180,7 @@ class AnswerForm:
 
     whole: bool
     front: str
-    official: bool = False
-
-    def answer_in(self, text: str) -> str:
-        """The answer in a generated text."""
-        return answer_in(text, self.whole, self.front, official=self.official)
+    official: bool
 
 
 @dataclass(frozen=True)
@@ -202,12 +197,6 @@ def cuts_told_by_row() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptCut)
         yield
-
-
-def read_quietly(logo: LoGo, prompts: Sequence[Any], max_new_tokens: int) -> list[Prompt]:
-    """Reads prompts as the engine does for such answers; errors as `Prompts.read`."""
-    with cuts_told_by_row():
-        return logo.prompts.read(prompts, max_new_tokens)
 
 
 def front_of(logo: LoGo, row: Row) -> str:
@@ -245,7 +234,7 @@ def record(index: int, row: Row, outcome: Outcome, form: AnswerForm, metric: str
         if isinstance(answer, Unsure):
             line["confidence"] = answer.confidence
         return {**line, "selected": [], "weights": [], "scores": {}, "seconds": {"inference": seconds}}
-    prediction = form.answer_in(answer.text)
+    prediction = answer_in(answer.text, form.whole, form.front, official=form.official)
     selection = answer.selection
     return {
         **line,
@@ -273,6 +262,8 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         generation: options of `LoGo.generate`; a `generation_config` counts by its differences from transformers' own.
     """
     configured = getattr(logo.model, "generation_config", None)  # by which the checkpoint's own answers end
+    settings = {name: value for name, value in asdict(logo.settings).items() if name != "cache"}
+    settings |= {"probe_context": logo.probe_context, "k": logo.k, "points": list(logo.points), "merge": logo.merge}
     identity: dict[str, Any] = {
         "base_model": PurePath(base_model).name,
         "weights": weights_digest(logo.model),
@@ -282,7 +273,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         "template": template_digest(logo.tokenizer),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
         "pool": {name: logo.pool.value[name].key for name in logo.names},
-        "settings": _settings_identity(logo),
+        "settings": settings,
         "truncation": asdict(logo.prompts.truncation),
         "generation": _generation_identity(generation),
     }
@@ -294,13 +285,6 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
     identity |= {name: value for name, value in optional.items() if value}
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain
-
-
-def _settings_identity(logo: LoGo) -> dict[str, Any]:
-    """The settings that decide what is selected and how it is mixed."""
-    settings = {name: value for name, value in asdict(logo.settings).items() if name != "cache"}
-    derived = {"probe_context": logo.probe_context, "k": logo.k, "points": list(logo.points), "merge": logo.merge}
-    return settings | derived
 
 
 def _generation_identity(generation: Mapping[str, Any]) -> dict[str, Any]:

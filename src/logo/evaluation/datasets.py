@@ -128,7 +128,7 @@ def find_datasets(
         raise UsageError(f"datasets {request!r}: expected names separated by commas, found none")
     names = requested(request, files, unknown)
     _warn_of_unread(root, request, files, official_layout, train_rows)
-    chosen = chosen_metrics(names, metrics or {})
+    chosen = chosen_metrics(names, metrics) if metrics else {}
     datasets = []
     for name in names:
         file = files[name]

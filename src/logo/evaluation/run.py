@@ -74,11 +74,6 @@ class Run:
     command: Mapping[str, Any] = field(default_factory=dict)
     tell: Callable[[Dataset, int], None] = lambda dataset, done: None
 
-    @property
-    def starts_fresh(self) -> bool:
-        """Whether no row of an unfinished result is used; one that depends on those before it cannot be continued."""
-        return self.overwrite or self.facts.order is not None
-
 
 def answer_datasets(datasets: Sequence[Dataset], run: Run) -> Iterator[Done]:
     """Answers datasets that are not done yet, and yields each when its result is there.
@@ -143,7 +138,8 @@ def _answered(plan: _Plan, run: Run) -> bool:
     dataset = plan.dataset
     started = datetime.now(timezone.utc)
     stands = None if run.overwrite else plan.is_done
-    with closing(Partial(plan.folder, plan.begun, fresh=run.starts_fresh, stands=stands)) as partial:
+    fresh = run.overwrite or run.facts.order is not None  # a row that depends on those before it cannot be continued
+    with closing(Partial(plan.folder, plan.begun, fresh=fresh, stands=stands)) as partial:
         if partial.done:
             return False
         for index, record in partial.records.items():

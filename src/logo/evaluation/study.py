@@ -38,7 +38,6 @@ from logo.evaluation.answer import (
     cuts_told_by_row,
     dataset_identity,
     front_of,
-    read_quietly,
     task_of,
 )
 from logo.evaluation.metrics import answer_in, by_measure, measure, measures
@@ -142,7 +141,8 @@ class Measurer:
     def measure(self, task: Dataset, index: int) -> dict[str, Any]:
         """The record of a row of a task that `check` takes."""
         row = task.rows[index]
-        [prompt] = read_quietly(self._logo, [row.prompt], self._new_tokens)
+        with cuts_told_by_row():
+            [prompt] = self._logo.prompts.read([row.prompt], self._new_tokens)
         arms: list[dict[str, Any]] = []
         seconds: dict[str, float] = {}
         for trial in self._trials(task):
