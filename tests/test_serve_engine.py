@@ -408,7 +408,7 @@ def test_the_base_model_answers_while_a_request_waits_for_memory(llama: nn.Modul
     async def use(service: Service) -> None:
         first = await choose(service, prompt, held)
         waiting = asyncio.create_task(choose(service, prompt, other))
-        while not service.waiting_for_memory:
+        while not service.loading.waiting:
             await asyncio.sleep(0.001)
         passing = [asyncio.create_task(choose(service, prompt, held)) for _ in range(40)]
         while sum(task.done() for task in passing) < service.batching.schedule.most_passes:

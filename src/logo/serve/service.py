@@ -12,33 +12,33 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from logo.adapters.activation import earliest, warn_of_silent
-from logo.adapters.adapter import Adapter, open_adapter
+from logo.adapters.adapter import open_adapter
 from logo.adapters.pool import AdapterPool
-from logo.api.errors import ApiError, NotReady, bad_request, model_not_found
+from logo.api.errors import ApiError, NotReady, model_not_found
 from logo.api.names import MixtureRequest, Patterns, usable
 from logo.api.replies import Chosen, adapter_card
 from logo.core import Options, Prompt, Selection
 from logo.endings import at_stop_strings
 from logo.engine import LoGo
-from logo.errors import CacheFull, LoGoError, PoolError, UsageError, listed
+from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.mixer import Mixture
 from logo.selection.selector import forced, known
 from logo.serve.batching import Batching, Job, News
+from logo.serve.loading import Loading
 from logo.serve.memory import Memory
 from logo.serve.packed import HeldMixture
 from logo.serve.turns import STOPPED
 from logo.state import EngineState
 
 _PROBED = 16  # the most prompts of a probe
-_AGAIN = 0.02  # seconds until a request whose adapters have no room looks for it again
 _log = logging.getLogger("logo.serve")
 
 
@@ -80,9 +80,7 @@ class Service:
         logo.take(prepared)
         self._selecting = ThreadPoolExecutor(1, "logo-select")
         self._line: deque[_Waiting] = deque()  # two threads may use its two ends
-        self._memory_turn = asyncio.Lock()  # of the request that waits for the memory of adapters
-        self.waiting_for_memory = 0  # how many requests wait for it, or behind it
-        self._passes = 0  # how many requests have passed the one that waits
+        self.loading = Loading(logo.adapter_cache, self.batching.schedule)
         self._silent = set[str]()  # the adapters of which a warning says that they do not act
 
     async def close(self) -> None:
@@ -99,7 +97,7 @@ class Service:
     @property
     def waiting(self) -> int:
         """The number of prompts, requests and answers that wait to be probed, for memory, or to be generated."""
-        return len(self._line) + self.waiting_for_memory + self.batching.waiting
+        return len(self._line) + self.loading.waiting + self.batching.waiting
 
     def usable(self, patterns: Patterns | None) -> Collection[str]:
         """The names of the adapters that an API key may use which is bound to these patterns; None: all."""
@@ -132,7 +130,7 @@ class Service:
         Errors are LoGoError or ApiError: an adapter or signal that does not exist, a weight or k that cannot be used, a
         prompt for which no adapter fits, generation that has stopped.
         """
-        await self._let_pass(request)
+        await self.loading.let_pass(request)
         futures = []
         for prompt in prompts:
             waiting = _Waiting(prompt, request, time.perf_counter(), Future())
@@ -142,77 +140,8 @@ class Service:
         return await asyncio.gather(*futures, return_exceptions=True)
 
     async def load(self, mixtures: Sequence[HeldMixture]) -> list[HeldMixture]:
-        """The mixtures of a request's prompts, with their adapters loaded; waits until other requests give back the
-        memory that they need together. After an error or a cancellation nothing is held.
-
-        Raises:
-            LoGoError: an adapter cannot be read, or overflows the dtype of mixtures.
-            ApiError: the adapters can never have room together.
-        """
-        try:
-            for mixture in mixtures:
-                await mixture.loaded()  # here, so that no other request waits for adapters that are not loaded yet
-            return list(mixtures)
-        except CacheFull:
-            _release(mixtures)  # others may need what was loaded, and it would stay while this request waits
-        except BaseException:
-            _release(mixtures)
-            raise
-        self._check_fits(mixtures)
-        async with self._turn():  # since several would take what becomes free from each other
-            self._passes = 0
-            return await self._loaded_when_there_is_room(mixtures)
-
-    async def _let_pass(self, request: MixtureRequest) -> None:
-        """Waits behind a request that waits for the memory of adapters, if that was passed often enough."""
-        needs_adapters = request.adapters is None or any(request.adapters.values())
-        someone_waits = self._memory_turn.locked()
-        if self.batching.schedule.waits_for_memory(needs_adapters, someone_waits, self._passes):
-            async with self._turn():
-                pass
-        elif needs_adapters and someone_waits:
-            self._passes += 1
-
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """The block begins when no earlier request waits for memory."""
-        self.waiting_for_memory += 1
-        try:
-            async with self._memory_turn:
-                yield
-        finally:
-            self.waiting_for_memory -= 1
-
-    def _check_fits(self, mixtures: Sequence[HeldMixture]) -> None:
-        """Raises ApiError if the adapters of a request have no room even if no other request holds any."""
-        cache = self.logo.adapter_cache
-        adapters = _adapters_of(mixtures)
-        if not cache.has_room(adapters, alone=True):
-            size = sum(adapter.parameters for adapter in adapters) * cache.dtype.itemsize
-            names = listed([repr(adapter.name) for adapter in adapters])
-            raise bad_request(
-                f"adapters {names}: together they need {size / 1e6:.1f} MB, and this server has room for "
-                f"{cache.budget / 2e6:.1f} MB of adapters at a time: ask for fewer of them (logo.k), or start it with "
-                "more memory for adapters (--adapter-memory-gb)",
-                code="adapters_too_large",
-            )
-
-    async def _loaded_when_there_is_room(self, mixtures: Sequence[HeldMixture]) -> list[HeldMixture]:
-        cache = self.logo.adapter_cache
-        adapters = _adapters_of(mixtures)
-        while True:
-            if cache.has_room(adapters):
-                again = [replace(mixture, hold=cache.reserve(mixture.adapters)) for mixture in mixtures]
-                try:
-                    for mixture in again:
-                        await mixture.loaded()
-                    return again
-                except CacheFull:  # another request was quicker
-                    _release(again)
-                except BaseException:
-                    _release(again)
-                    raise
-            await asyncio.sleep(_AGAIN)
+        """See `Loading.load`."""
+        return await self.loading.load(mixtures)
 
     def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[News, None]:
         """See `Batching.generate`."""
@@ -372,13 +301,3 @@ def _errors_to(future: Future[Any]) -> Iterator[None]:
             _log.exception("a request cannot be given its mixture")
         # The traceback's frames refer to mixtures of the batch's other requests, which would stay held.
         future.set_exception(error.with_traceback(None))
-
-
-def _adapters_of(mixtures: Sequence[HeldMixture]) -> list[Adapter]:
-    """The adapters of some mixtures, each file once."""
-    return list({adapter.file: adapter for mixture in mixtures for adapter in mixture.adapters}.values())
-
-
-def _release(mixtures: Sequence[HeldMixture]) -> None:
-    for mixture in mixtures:
-        mixture.release()
