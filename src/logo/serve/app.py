@@ -6,12 +6,11 @@ body -> Call, with a mixture per prompt -> Chunk, Chunk, ... -> one of OpenAI's 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,28 +24,23 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from logo.api import bodies
-from logo.api.errors import ApiError, bad_request, failed, model_not_found, not_found, plain, shown, shown_line
+from logo.api.errors import ApiError, bad_request, model_not_found, not_found, plain, shown, shown_line
 from logo.api.guards import PAGE, response
-from logo.api.logs import request_id
-from logo.api.names import AUTO, MixtureRequest, Models
+from logo.api.names import AUTO, Models
 from logo.api.replies import Role, adapter_list, model_card
-from logo.core import Prompt
-from logo.errors import AdapterError, LoGoError, Unsure, closest
-from logo.serve.answers import Call, Chunk, choice, event, head, mixtures, usage
-from logo.serve.batching import Job
+from logo.errors import AdapterError, LoGoError, closest
+from logo.serve.answering import Answering
+from logo.serve.answers import Call
 from logo.serve.metrics import Metrics
-from logo.serve.packed import HeldMixture
 from logo.serve.reading import Reading, beside_the_loop
 from logo.serve.sampling import Sampling
 from logo.serve.service import Service
-from logo.text import Text
 
 _Route = Callable[[Request], Coroutine[Any, Any, Response]]
 _B = TypeVar("_B", bound=bodies.Body)
 _log = logging.getLogger("logo.serve")
 
 GRACE = 5.0  # seconds that a client has, after the time limit of its request, to read what was generated
-_LOGGED = 200  # the most tokens of a prompt that are logged
 _FILES = Path(__file__).parent / "page"
 
 
@@ -102,6 +96,7 @@ class _Api:
         self.settings = settings
         self.metrics = Metrics(service)
         self.reading = Reading(service)
+        self.answering = Answering(service, self.metrics, settings.request_timeout, settings.log_prompts)
         self._created = int(time.time())
 
     def posted(self, kind: type[_B], answer: Callable[[Request, _B], Coroutine[Any, Any, Response]]) -> _Route:
@@ -145,137 +140,13 @@ class _Api:
             logged["prompt_tokens"] = sum(map(len, prompts))
             most_tokens = self.reading.most_tokens(body, prompts)
             sampling = Sampling(most_tokens, body.temperature, body.top_p, body.seed)
-            chosen = await self._choose(prompts, mixture_request, began, logged)
+            chosen = await self.answering.choose(prompts, mixture_request, began, logged)
             for mixture in chosen:
                 held.callback(mixture.release)
             call = Call(body, prompts, chosen, sampling, began, logged)
             if body.stream:
-                return Streamed(self._events(call), held.pop_all(), self._seconds_left(began))
-            return JSONResponse(await self._whole(call))
-
-    async def _choose(
-        self, prompts: Sequence[Prompt], request: MixtureRequest, began: float, logged: dict[str, Any]
-    ) -> list[HeldMixture]:
-        """The mixture of each prompt, with its adapters loaded, and the entries of the log about them. ApiError: the
-        time is up; else as `Service.select` and `Service.load`."""
-
-        async def choosing() -> list[HeldMixture]:
-            outcomes = await self.service.select(prompts, request)
-            logged["selections"] = [
-                self._noted(prompt, outcome)
-                for prompt, outcome in zip(prompts, outcomes, strict=True)
-                if isinstance(outcome, (HeldMixture, Unsure))
-            ]
-            chosen = [outcome for outcome in outcomes if isinstance(outcome, HeldMixture)]
-            for outcome in outcomes:
-                if isinstance(outcome, BaseException):
-                    for mixture in chosen:
-                        mixture.release()
-                    raise outcome
-            return await self.service.load(chosen)
-
-        try:
-            return await asyncio.wait_for(choosing(), self._seconds_left(began))
-        except asyncio.TimeoutError:
-            raise self._late() from None
-
-    def _noted(self, prompt: Prompt, outcome: HeldMixture | Unsure) -> dict[str, Any]:
-        """Counts a selection, also one that is too unsure to answer; the entry of the log about it."""
-        chosen = outcome.chosen if isinstance(outcome, HeldMixture) else None
-        mixture = {} if chosen is None else chosen.selection.mixture
-        entry: dict[str, Any] = {
-            "prompt_sha256": hashlib.sha256(" ".join(map(str, prompt.ids)).encode()).hexdigest()[:16],
-            "adapters": list(mixture),
-            "weights": [round(weight, 4) for weight in mixture.values()],
-        }
-        confidence = outcome.chosen.selection.confidence if isinstance(outcome, HeldMixture) else outcome.confidence
-        if confidence is not None:
-            self.metrics.confidence.observe(confidence)
-            entry["confidence"] = round(confidence, 4)
-        if self.settings.log_prompts:
-            tokenizer = self.service.logo.tokenizer
-            entry["prompt"] = tokenizer.decode(prompt.probed[:_LOGGED], skip_special_tokens=True)
-            entry["cut"] = len(prompt.probed) > _LOGGED
-        if chosen is not None:
-            entry["named"] = bool(mixture) and not chosen.selection.scores
-            entry["probe_ms"] = round(chosen.probe_ms, 1)
-            entry["queue_ms"] = round(chosen.queue_ms, 1)
-            if chosen.probe_ms:
-                self.metrics.probe.observe(chosen.probe_ms / 1e3)
-        return entry
-
-    async def _whole(self, call: Call) -> dict[str, Any]:
-        """The answer of a request that is not streamed."""
-        answers = [Chunk(number) for number in range(call.count)]
-        async with aclosing(self._chunks(call)) as chunks:
-            async for chunk in chunks:
-                before = answers[chunk.number]
-                answers[chunk.number] = Chunk(
-                    chunk.number, before.text + chunk.text, before.tokens + chunk.tokens, chunk.finish_reason
-                )
-        choices = [choice(call, answer) for answer in answers]
-        return {**head(call), "choices": choices, "usage": usage(call), "logo": mixtures(call)}
-
-    async def _events(self, call: Call) -> AsyncGenerator[bytes, None]:
-        """The answer of a request that is streamed; an error is an event, since the status was sent already."""
-        fields = head(call)
-        beginnings = [choice(call, Chunk(number), begins=True) for number in range(call.count)]
-        yield event({**fields, "choices": beginnings, "logo": mixtures(call)})
-        try:
-            async with aclosing(self._chunks(call)) as chunks:
-                async for chunk in chunks:
-                    if chunk.text or chunk.finish_reason or call.body.return_token_ids:
-                        yield event({**fields, "choices": [choice(call, chunk)]})
-        except Exception as error:
-            _log.warning("a stream failed: %s", error, exc_info=error)
-            answer = ApiError.of(error, request_id.get())
-            self.metrics.failure.labels(answer.code or "invalid").inc()
-            yield event(answer.body())
-        else:
-            if call.body.stream_options.include_usage:
-                yield event({**fields, "choices": [], "usage": usage(call)})
-        yield b"data: [DONE]\n\n"
-
-    async def _chunks(self, call: Call) -> AsyncGenerator[Chunk, None]:
-        """Yields answers in chunks as they come; ApiError: the time is up. Leaving the loop ends them."""
-        jobs = _jobs(call)
-        texts = {job: Text(self.service.logo.tokenizer, call.body.stop) for job in jobs}
-        numbers = {job: number for number, job in enumerate(jobs)}
-        times = dict.fromkeys(jobs, call.began)  # when the last tokens of each came
-        deadline = asyncio.get_running_loop().time() + self._seconds_left(call.began)
-        self.metrics.prompt_tokens.inc(sum(len(job.prompt) for job in jobs))
-        call.logged["completion_tokens"] = 0
-        try:
-            async with aclosing(self.service.generate(jobs, deadline)) as news:
-                async for job, tokens, reason in news:
-                    text = texts[job]
-                    taken_before = text.taken
-                    new_text = text.push(tokens)
-                    new_tokens = text.taken - taken_before
-                    if reason is not None:
-                        new_text += text.finish()
-                    if text.stopped:
-                        reason = "stop"
-                        job.left = True
-                    now = time.perf_counter()
-                    if new_tokens and not taken_before:
-                        call.logged.setdefault("first_token_ms", round(1e3 * (now - call.began), 1))
-                    call.logged["completion_tokens"] += new_tokens
-                    self.metrics.observe_tokens(new_tokens, taken_before == 0, now - call.began, now - times[job])
-                    if reason is not None:
-                        self.metrics.observe_end(reason, now - call.began)
-                    times[job] = now
-                    yield Chunk(numbers[job], new_text, tokens[:new_tokens], reason)
-        except TimeoutError:
-            raise self._late() from None
-
-    def _seconds_left(self, began: float) -> float:
-        """The seconds that are left to a request."""
-        return max(0.0, began + self.settings.request_timeout - time.perf_counter())
-
-    def _late(self) -> ApiError:
-        limit = f"not answered within {self.settings.request_timeout:g} s, the limit of this server"
-        return failed(limit, "timeout", 504)
+                return Streamed(self.answering.events(call), held.pop_all(), self.answering.seconds_left(began))
+            return JSONResponse(await self.answering.whole(call))
 
     # -- the pool ------------------------------------------------------------------------------------------------------
 
@@ -296,7 +167,9 @@ class _Api:
             else:
                 prompts = await self.reading.texts([body.prompt], size)
             self.reading.most_tokens(body, prompts)  # raises where no answer would fit
-            [mixture] = await self._choose(prompts, mixture_request, began, getattr(request.state, "logged", {}))
+            [mixture] = await self.answering.choose(
+                prompts, mixture_request, began, getattr(request.state, "logged", {})
+            )
             mixture.release()
         return JSONResponse(mixture.chosen.reply_with_scores(len(prompts[0])))
 
@@ -391,16 +264,6 @@ class Streamed(StreamingResponse):
                     await asyncio.wait_for(super().__call__(scope, receive, send), self._limit)
                 except asyncio.TimeoutError:
                     _log.warning("a stream was ended, since its client does not read it")
-
-
-def _jobs(call: Call) -> list[Job]:
-    """The answers of a call: of each prompt as many as it asks for, of which each has the next seed."""
-    jobs = []
-    for prompt, mixture in zip(call.prompts, call.mixtures, strict=True):
-        for number in range(call.body.n):
-            seed = None if call.sampling.seed is None else call.sampling.seed + number
-            jobs.append(Job(prompt.ids, mixture, replace(call.sampling, seed=seed)))
-    return jobs
 
 
 async def _cancel_when_the_client_leaves(request: Request, working: asyncio.Future[Response]) -> None:

@@ -28,8 +28,8 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens that were read.")
         self.failure = self._counter("request_failure", "Requests that failed, by code.", "reason")
-        self.probe = self._histogram("probe_seconds", "Probing, together with others.")
-        self.confidence = self._histogram(
+        self._probe = self._histogram("probe_seconds", "Probing, together with others.")
+        self._confidence = self._histogram(
             "selection_confidence", "That the pool has an adapter for the prompt.", _TENTHS
         )
         self._generation_tokens = self._counter("generation_tokens", "Tokens that were generated.")
@@ -55,6 +55,13 @@ class Metrics(Collector):
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _SHORT) -> Histogram:
         return Histogram(f"logo:{name}", text, buckets=buckets, registry=self.registry)
+
+    def observe_selection(self, confidence: float | None, probe_seconds: float) -> None:
+        """Counts a selection, its confidence (None: unknown) and how long its probe took (0: there was none)."""
+        if confidence is not None:
+            self._confidence.observe(confidence)
+        if probe_seconds:
+            self._probe.observe(probe_seconds)
 
     def observe_tokens(self, count: int, are_first: bool, since_arrival: float, since_last: float) -> None:
         """Counts new tokens of an answer, which came so many seconds after its request and after its last tokens."""
