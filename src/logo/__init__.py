@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from logo.selection.index import ScoringIndex
     from logo.selection.settings import SelectionSettings
     from logo.selection.signals import SignalFunction, register_signal
+    from logo.streams import Stream
 
 __version__ = "0.3.0"  # the only place; pyproject.toml reads it from here
 
@@ -49,6 +50,7 @@ _LAZY = {
     "Selection": "logo.core",
     "SelectionSettings": "logo.selection.settings",
     "SignalFunction": "logo.selection.signals",
+    "Stream": "logo.streams",
     "Task": "logo.baselines",
     "Truncation": "logo.prompts",
     "register_method": "logo.baselines",
@@ -78,6 +80,7 @@ __all__ = [
     "SelectionSettings",
     "SignalFunction",
     "StorageError",
+    "Stream",
     "Task",
     "Truncation",
     "UsageError",

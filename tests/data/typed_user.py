@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import logo
@@ -15,6 +15,7 @@ from logo import (
     Scored,
     Selection,
     SelectionSettings,
+    Stream,
     Truncation,
     UsageError,
 )
@@ -42,8 +43,9 @@ def answered(engine: LoGo, prompts: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def streamed(engine: LoGo, prompt: str) -> str:
-    pieces: Iterator[str] = engine.stream(prompt, max_new_tokens=8)
-    return "".join(pieces)
+    stream: Stream = engine.stream(prompt, max_new_tokens=8, temperature=0.5, do_sample=True, when_unsure="mix")
+    with stream as pieces:
+        return "".join(pieces)
 
 
 def weights(selection: Selection) -> dict[str, float]:
@@ -62,6 +64,8 @@ def explained(error: LoGoError) -> str:
 def wrong(engine: LoGo) -> None:
     """Each of these lines is an error to the type checker, so that nothing here is `Any` unnoticed."""
     engine.select(3)  # type: ignore[call-overload]
+    engine.select("a", kk=3)  # type: ignore[call-overload]
+    engine.generate("a", k="two")  # type: ignore[call-overload]
     SelectionSettings(k="two")  # type: ignore[arg-type]
     AdapterPool.open(3)  # type: ignore[arg-type]
 
