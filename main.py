@@ -61,11 +61,12 @@ def options() -> argparse.ArgumentParser:
 def main() -> int:
     """Evaluates, and returns the exit code."""
     arguments = vars(options().parse_args())
-    from logo.cli.evaluate import OfficialOptions, evaluate
     from logo.cli.output import warn_in_one_line
-    from logo.errors import LoGoError
 
     warn_in_one_line("main.py")
+    from logo.cli.evaluate import OfficialOptions, evaluate
+    from logo.errors import LoGoError
+
     try:
         return evaluate(options=OfficialOptions(**arguments, preset="official"))
     except Exception as error:
