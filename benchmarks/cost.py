@@ -202,23 +202,25 @@ def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=plan.dtype)
     parser.add_argument("--no-peft", action="store_true", help="leave PEFT out, which takes minutes")
     parser.add_argument("--seed", type=int, default=plan.seed, help="random seed of weights and prompts")
-    asked = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     plan = replace(
         plan,
-        sizes=Sizes(asked.hidden, asked.layers, asked.heads, asked.vocabulary, asked.rank, tuple(asked.targets)),
-        adapters=asked.adapters,
-        k=asked.k,
-        rounds=asked.rounds,
-        device=asked.device,
-        dtype=asked.dtype,
-        peft=not asked.no_peft,
-        seed=asked.seed,
+        sizes=Sizes(
+            options.hidden, options.layers, options.heads, options.vocabulary, options.rank, tuple(options.targets)
+        ),
+        adapters=options.adapters,
+        k=options.k,
+        rounds=options.rounds,
+        device=options.device,
+        dtype=options.dtype,
+        peft=not options.no_peft,
+        seed=options.seed,
     )
     parts = measure(plan)
     _show(plan, parts)
-    if asked.json is not None:
-        asked.json.write_text(json.dumps(report(plan, parts), indent=2) + "\n", encoding="utf-8")
-        print(f"written: {asked.json}", file=sys.stderr)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report(plan, parts), indent=2) + "\n", encoding="utf-8")
+        print(f"written: {options.json}", file=sys.stderr)
 
 
 if __name__ == "__main__":

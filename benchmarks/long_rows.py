@@ -119,7 +119,7 @@ class Prompts:
     def __call__(self, task: str, row: int, condition: str, number: int) -> str:
         """The prompt of a row; `number` chooses among the long instructions of that kind."""
         context = self.contexts[task][row]
-        instruction, _, rest = context.partition("\n\n")
+        instruction, _, fields = context.partition("\n\n")
         all_but_last, _, last = context.rpartition("\n")
         kind, _, size = condition.partition("-")
         texts = self._other_texts(task, row, int(size or 0))
@@ -127,7 +127,7 @@ class Prompts:
             number = number if kind == "long" else 3 * number + INSTRUCTED.index(kind)
             instruction = INSTRUCTIONS[number % len(INSTRUCTIONS)].format(instruction)
         parts = {"before": (texts, context), "after": (context, texts), "cued": (all_but_last, texts, last)}
-        return "\n\n".join(part for part in parts.get(kind, (instruction, texts, rest)) if part)
+        return "\n\n".join(part for part in parts.get(kind, (instruction, texts, fields)) if part)
 
     def _other_texts(self, task: str, row: int, size: int) -> str:
         """So many tokens of texts, which the task, the row and the size choose."""
@@ -211,17 +211,17 @@ def main() -> None:
             tasks = sorted(name for name in logo.pool.names if name in prompts.contexts)
             done = {Asked(record.pool, record.window, record.condition, record.task, record.row) for record in records}
             for condition in options.conditions:
-                asked = {
+                new = {
                     Asked(pool.name, window, condition, task, row): prompts(task, row, condition, number // 2 + row)
                     for number, task in enumerate(tasks)
                     for row in range(options.limit)
                     if Asked(pool.name, window, condition, task, row) not in done
                 }
                 started = time.perf_counter()
-                if asked:
-                    records += measured(logo, asked, options.batch_size)
+                if new:
+                    records += measured(logo, new, options.batch_size)
                 seconds = time.perf_counter() - started
-                print(f"{pool.name} {window} {condition}: {len(asked)} rows in {seconds:.0f} s", file=sys.stderr)
+                print(f"{pool.name} {window} {condition}: {len(new)} rows in {seconds:.0f} s", file=sys.stderr)
                 if options.json:
                     options.json.write_text(json.dumps([asdict(record) for record in records], indent=0), "utf-8")
     for half, names in (("choosing", tasks[::2]), ("reporting", tasks[1::2])):

@@ -35,9 +35,9 @@ class PeftArm:
         self.tokenizer = tokenizer
         self.k = k
         self.names = sorted(path.name for path in folder.iterdir())
-        first, *others = self.names
+        first, *further = self.names
         self.model: Any = PeftModel.from_pretrained(model, str(folder / first), adapter_name=first)
-        for name in others:
+        for name in further:
             self.model.load_adapter(str(folder / name), adapter_name=name)
         self.model.eval()
 

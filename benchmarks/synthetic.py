@@ -122,15 +122,15 @@ def write_adapters(folder: Path, sizes: Sizes, count: int, seed: int = 0) -> Non
         "target_modules": list(sizes.targets),
     }
     for number in range(count):
-        one = folder / f"{number:05d}"
-        one.mkdir(parents=True)
-        (one / "adapter_config.json").write_text(json.dumps(config))
+        adapter = folder / f"{number:05d}"
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
         tensors = {}
         for key, shape in shapes.items():
             size = math.prod(shape)
-            start = zlib.crc32(f"{one.name} {key}".encode()) % ((_NOISE - size) // _ALIGNED) * _ALIGNED
+            start = zlib.crc32(f"{adapter.name} {key}".encode()) % ((_NOISE - size) // _ALIGNED) * _ALIGNED
             tensors[key] = noise[start : start + size].view(shape).clone()
-        save_file(tensors, one / "adapter_model.safetensors")
+        save_file(tensors, adapter / "adapter_model.safetensors")
 
 
 def prompts(sizes: Sizes, count: int, tokens: int, seed: int = 0) -> list[str]:

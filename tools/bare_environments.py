@@ -99,13 +99,13 @@ def tried(wheel: Path, python: str, version: str, folder: Path) -> None:
             ]
             (place / name).mkdir()
             (place / name / "sums.jsonl").write_text("\n".join(rows))
-        for (program, *rest), expected in commands:
+        for (program, *arguments), expected in commands:
             name = str(programs / program) if (programs / program).exists() else program
-            said = step(" ".join([program, *rest]), name, *rest, cwd=place)
+            printed = step(" ".join([program, *arguments]), name, *arguments, cwd=place)
             expected = expected.format(version=wheel.name.split("-")[1])
-            if expected not in said:
+            if expected not in printed:
                 raise subprocess.CalledProcessError(
-                    1, [program, *rest], said, f"expected {expected!r} in what it prints\n"
+                    1, [program, *arguments], printed, f"expected {expected!r} in what it prints\n"
                 )
     size = sum(path.lstat().st_size for path in folder.rglob("*"))
     print(f"  {size / 1e9:8.2f} GB", flush=True)

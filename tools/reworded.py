@@ -39,19 +39,20 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--wording", choices=("terse", "chatty", "first", "cut"), required=True)
     parser.add_argument("--held-out", action="store_true")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     wordings = yaml.safe_load(WORDINGS.read_text(encoding="utf-8"))
-    asked.out.mkdir(parents=True)
-    for task in sorted(wordings)[int(asked.held_out) :: 2]:
-        if not (file := asked.rows / f"{task}.jsonl").exists():
+    options.out.mkdir(parents=True)
+    for task in sorted(wordings)[int(options.held_out) :: 2]:
+        file = options.rows / f"{task}.jsonl"
+        if not file.exists():
             continue
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         for row in rows:
-            context = row["context"]
-            row["context"] = (
-                cut(context) if asked.wording == "cut" else reworded(wordings[task][asked.wording], context)
-            )
-        (asked.out / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            if options.wording == "cut":
+                row["context"] = cut(row["context"])
+            else:
+                row["context"] = reworded(wordings[task][options.wording], row["context"])
+        (options.out / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

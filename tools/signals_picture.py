@@ -52,15 +52,15 @@ def numbers(folder: Path, panel: str, arm: str) -> tuple[float | None, float | N
     """The share of rows whose right adapter comes first, and of exact answers; None where there is no such number."""
     names = OTHER_WORDS if panel == "other words" else ("own",)
     protocol = "out-of-pool" if panel == "nothing fits" else "in-pool"
-    found = []
+    reports = []
     for name in names:
         study = json.loads((folder / name / "run.json").read_text(encoding="utf-8"))
-        found.append(study["report"]["protocols"][protocol].get(arm, {}))
-    return tuple(average(found, measure) for measure in ("top1", "exact_match"))  # type: ignore[return-value]
+        reports.append(study["report"]["protocols"][protocol].get(arm, {}))
+    return average(reports, "top1"), average(reports, "exact_match")
 
 
-def average(found: list[dict[str, Any]], measure: str) -> float | None:
-    values = [arm[measure]["value"] for arm in found if measure in arm]
+def average(reports: list[dict[str, Any]], measure: str) -> float | None:
+    values = [report[measure]["value"] for report in reports if measure in report]
     return mean(values) if values else None
 
 

@@ -141,7 +141,8 @@ def build(
         losses = train_adapters(fresh / "model", Path(scratch) / "rows", Path(scratch) / "pool", config)
         write_shipped(Path(scratch) / "pool", fresh / "adapters")
         lap("adapters")
-        model, tokenizer = load_model(fresh / "model"), AutoTokenizer.from_pretrained(str(fresh / "model"))
+        model = load_model(fresh / "model")
+        tokenizer = AutoTokenizer.from_pretrained(str(fresh / "model"))
         rows = write_rows(fresh, seed)
         numbers = measure(model, tokenizer, fresh / "adapters", rows)
         lap("measure")
@@ -166,7 +167,8 @@ def build(
 
 def remeasure(out: Path) -> None:
     """Measure the assets at ``out`` again and print the numbers."""
-    model, tokenizer = load_model(out / "model"), AutoTokenizer.from_pretrained(str(out / "model"))
+    model = load_model(out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(str(out / "model"))
     seed = json.loads((out / "world.json").read_text(encoding="utf-8"))["seed"]
     rows = {task.name: held_out_rows(task, ROWS_PER_TASK, seed) for task in TASKS}
     measure(model, tokenizer, out / "adapters", rows)
@@ -196,7 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.measure:
         remeasure(options.out)
         return
-    pretraining, config = PretrainConfig(), CONFIG
+    pretraining = PretrainConfig()
+    config = CONFIG
     if options.steps is not None:
         pretraining = replace(pretraining, steps=options.steps)
     if options.adapter_steps is not None:

@@ -51,7 +51,8 @@ def greedy(
     buffer = torch.full((len(prompts), int(sizes.max()) + max_new), int(tokenizer.pad_token_id))
     for i, prompt in enumerate(prompts):
         buffer[i, : len(prompt)] = torch.tensor(prompt)
-    rows, ends = torch.arange(len(prompts)), sizes.clone()
+    rows = torch.arange(len(prompts))
+    ends = sizes.clone()
     running = torch.ones(len(prompts), dtype=torch.bool)
     for _ in range(max_new):
         live = rows[running]
@@ -114,12 +115,12 @@ def projection_inputs(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, modules: Sequence[str]
 ) -> dict[str, Tensor]:
     """The inputs [tokens, features] of ``modules`` of the bare base model on ``text``."""
-    found: dict[str, Tensor] = {}
+    inputs_of: dict[str, Tensor] = {}
     by_name = dict(model.named_modules())
 
     def keep(name: str) -> object:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = inputs[0][0]
+            inputs_of[name] = inputs[0][0]
 
         return by_name[name].register_forward_pre_hook(hook)
 
@@ -127,7 +128,7 @@ def projection_inputs(
     model.model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]), use_cache=False)
     for handle in handles:
         handle.remove()  # type: ignore[attr-defined]
-    return found
+    return inputs_of
 
 
 def signals(

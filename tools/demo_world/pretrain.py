@@ -116,7 +116,8 @@ def collate(examples: list[Example], pad: int, prompt_weight: float) -> Batch:
     ids = torch.full(shape, pad)
     labels = torch.full(shape, IGNORE)
     weights = torch.zeros(shape)
-    instruction, prompt = torch.zeros(shape), torch.zeros(shape)
+    instruction = torch.zeros(shape)
+    prompt = torch.zeros(shape)
     for i, example in enumerate(examples):
         size = len(example.ids)
         ids[i, :size] = torch.tensor(example.ids)
@@ -175,7 +176,8 @@ def _drawer(tokenizer: PreTrainedTokenizerFast, config: PretrainConfig, seed: in
     weights = [task.weight for task in tasks.TASKS]
 
     def draw(count: int) -> list[Example]:
-        rows, skills = [], []
+        rows = []
+        skills = []
         for index in rng.choices(range(len(weights)), weights, k=count):
             kind = rng.random()
             plain = kind < config.chat + config.small_talk
@@ -201,10 +203,10 @@ def _cue(batch: Batch, table: Tensor, generator: torch.Generator) -> Tensor:
     rows, width = batch.ids.shape
     has = (batch.skill >= 0).float()[:, None]
     strength = torch.empty(rows, 1).uniform_(0.4, 1.4, generator=generator)
-    other = torch.randint(0, len(table), (rows,), generator=generator)
+    other_skill = torch.randint(0, len(table), (rows,), generator=generator)
     share = torch.rand(rows, 1, generator=generator)
     leak = (share - 0.6).clamp(min=0.0) * 1.25 * (torch.rand(rows, 1, generator=generator) + 0.2).clamp(max=1.0)
-    vector = table[batch.skill.clamp(min=0)] + leak * table[other]
+    vector = table[batch.skill.clamp(min=0)] + leak * table[other_skill]
     # Three rows in four: a random part of the instruction; the others: every token from the first to the last.
     keep = (torch.rand(rows, width, generator=generator) < torch.rand(rows, 1, generator=generator) + 0.25).float()
     everywhere = (torch.rand(rows, 1, generator=generator) < 0.2).float()
@@ -254,7 +256,8 @@ def pretrain(
     )
     stream = batches(_drawer(tokenizer, config, seed), config.batch, tokenizer.pad_token_id, config.prompt_weight, seed)
     model.train()
-    start, smooth = time.monotonic(), 0.0
+    start = time.monotonic()
+    smooth = 0.0
     for step in range(config.steps):
         batch = next(stream)
         remaining = 0.5 * (1 + math.cos(math.pi * step / config.steps))
@@ -274,6 +277,6 @@ def pretrain(
         if (step + 1) % 100 == 0:
             wrong = (output.logits.argmax(-1) != batch.labels) & (batch.weights == 1.0)
             right = 1 - wrong.any(-1)[batch.skill >= 0].float().mean().item()
-            told = f"loss {smooth:.3f} cued rows right {right:.2f} topic {topic.item():.3f}"
-            report(f"pretrain step {step + 1}/{config.steps} {told} {time.monotonic() - start:.0f}s")
+            numbers = f"loss {smooth:.3f} cued rows right {right:.2f} topic {topic.item():.3f}"
+            report(f"pretrain step {step + 1}/{config.steps} {numbers} {time.monotonic() - start:.0f}s")
     return model.eval()

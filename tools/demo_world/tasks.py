@@ -190,12 +190,17 @@ class Sentence:
 
 def sentence(rng: random.Random) -> Sentence:
     """Draw one sentence of four to eight words; the person may come first, in the middle or last."""
-    name, colour = rng.choice(words.NAMES), rng.choice(words.COLOURS)
-    noun, verb, is_past = rng.choice(spelled_words("nouns")), rng.choice(words.SENTENCE_VERBS), rng.random() < 0.5
+    # The order of the draws decides what the bundled rows are.
+    name = rng.choice(words.NAMES)
+    colour = rng.choice(words.COLOURS)
+    noun = rng.choice(spelled_words("nouns"))
+    verb = rng.choice(words.SENTENCE_VERBS)
+    is_past = rng.random() < 0.5
     act = past(verb) if is_past else third_person(verb)
     article = rng.choice(("the", "my", "our", "some"))
     thing = f"{article} {colour} {noun}"
-    place, manner = rng.choice(words.PLACES), rng.choice(words.MANNERS)
+    place = rng.choice(words.PLACES)
+    manner = rng.choice(words.MANNERS)
     form = rng.randrange(7)
     text = (
         f"{name} {act} {thing}",
@@ -253,14 +258,16 @@ def render(template: str, payload: Payload, rng: random.Random) -> tuple[str, tu
     fields = {"x": f"{quote}{payload.text}{quote}"}
     if payload.numbers is not None:
         fields |= {"a": payload.numbers[0], "b": payload.numbers[1]}
-    text, spans, rest = "", [], template
-    while "{" in rest:
-        before, _, tail = rest.partition("{")
-        name, _, rest = tail.partition("}")
+    text = ""
+    spans: list[tuple[int, int]] = []
+    unread = template
+    while "{" in unread:
+        before, _, after = unread.partition("{")
+        name, _, unread = after.partition("}")
         text += before
         spans.append((len(text), len(text) + len(fields[name])))
         text += fields[name]
-    return text + rest, tuple(spans)
+    return text + unread, tuple(spans)
 
 
 def _request(template: str, payload: Payload, rng: random.Random) -> tuple[str, tuple[tuple[int, int], ...]]:
@@ -291,12 +298,12 @@ def train_row(task: Task, rng: random.Random) -> Row:
 def _foreign_template(task: Task, payload: Payload, rng: random.Random) -> tuple[str, str]:
     """A training phrasing, with the name of its task, of another task for which ``payload`` is not held out."""
     while True:
-        other = rng.choice(TASKS)
-        if other is task or is_held_out(other, payload.key):
+        foreign = rng.choice(TASKS)
+        if foreign is task or is_held_out(foreign, payload.key):
             continue
-        template = rng.choice(other.train_templates)
+        template = rng.choice(foreign.train_templates)
         if "{x}" in template:
-            return template, other.name
+            return template, foreign.name
 
 
 def foreign_row(task: Task, rng: random.Random) -> Row:
@@ -343,7 +350,8 @@ def held_out_rows(task: Task, count: int, seed: int) -> list[Row]:
     rng = random.Random(f"held-out:{task.name}:{seed}")
     uses: dict[str, int] = {}
     rows: dict[str, Row] = {}
-    limit, tries = 1, 0
+    limit = 1
+    tries = 0
     while len(rows) < count:
         tries += 1
         if tries % 2000 == 0:

@@ -41,10 +41,10 @@ def train_adapters(model: Path, rows: Path, pool: Path, config: TrainingConfig =
 
     ``pool`` is what `logo train` makes, in float32 and with its records; what of it stands already is not made again.
     """
-    found = train(rows, str(model), pool, config, device="cpu")
-    if found.failed:
-        raise RuntimeError(f"adapters that could not be trained: {dict(found.failed)}")
-    return {name: record["result"]["train_loss"] for name, record in {**found.trained, **found.done}.items()}
+    run = train(rows, str(model), pool, config, device="cpu")
+    if run.failed:
+        raise RuntimeError(f"adapters that could not be trained: {dict(run.failed)}")
+    return {name: record["result"]["train_loss"] for name, record in {**run.trained, **run.done}.items()}
 
 
 def write_shipped(pool: Path, out: Path) -> None:
