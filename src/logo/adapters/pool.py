@@ -94,14 +94,14 @@ class AdapterPool:
         adapters, refused, k = gather(sources, skip=on_bad_adapter == "skip", **remaining)
         if examples == "ignore":
             adapters = [replace(adapter, examples=()) for adapter in adapters]
-        pool = cls.found(spec_of(sources), adapters, refused, on_bad_adapter, k)
+        pool = cls.usable(spec_of(sources), adapters, refused, on_bad_adapter, k)
         ignored = sorted({key for adapter in pool for key in adapter.config.unknown})
         if ignored:
             warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(ignored)}", UserWarning, stacklevel=3)
         return pool
 
     @classmethod
-    def found(
+    def usable(
         cls,
         where: str,
         adapters: Iterable[Adapter],

@@ -204,7 +204,7 @@ def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None 
     check_type("adapters", entry, (Mapping, Selection), "{name: weight} or a Selection")
     selection = entry if isinstance(entry, Selection) else Selection.forced(entry)
     for name, weight in zip(selection.adapters, selection.weights, strict=True):
-        known(name, pool, candidates)
+        checked_name(name, pool, candidates)
         if not -1e6 < weight < 1e6:
             raise UsageError(f"weight of adapter {name!r}: expected a number between -1e6 and 1e6, found {weight:g}")
     return selection
@@ -225,7 +225,7 @@ def for_each(
     return [None if entry is None else forced(entry, pool, candidates) for entry in adapters]
 
 
-def known(name: str, pool: AdapterPool, candidates: Collection[str] | None = None) -> str:
+def checked_name(name: str, pool: AdapterPool, candidates: Collection[str] | None = None) -> str:
     """The name, if it is in the pool and among the candidates, else a PoolError, which names candidates only."""
     if candidates is not None and name not in candidates:
         raise PoolError(f"no adapter {name!r} among the {len(candidates)} candidates{closest(name, candidates)}")

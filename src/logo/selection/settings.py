@@ -14,7 +14,7 @@ from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import ExamplesUse
 from logo.core import CallOptions, Options, ProbeText, Weighting, WhenUnsure
 from logo.errors import UsageError, check_choice, check_type, closest
-from logo.selection.selector import PRIOR, UNSURE, known
+from logo.selection.selector import PRIOR, UNSURE, checked_name
 from logo.selection.signals import Signal, get_signal
 from logo.selection.texts import USUAL_WINDOW, WHOLE, Window
 
@@ -206,7 +206,7 @@ def _candidates(names: Any, pool: AdapterPool) -> frozenset[str]:
         check_type("candidates", name, str, "names of adapters, the same for all prompts")
     if not listed:
         raise UsageError("candidates: expected one adapter or more, found none; `adapters={}` uses none")
-    return frozenset(known(name, pool) for name in listed)
+    return frozenset(checked_name(name, pool) for name in listed)
 
 
 def _check_positive(name: str, k: Any) -> None:

@@ -30,7 +30,7 @@ from logo.endings import at_stop_strings
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.mixer import Mixture
-from logo.selection.selector import forced, known
+from logo.selection.selector import checked_name, forced
 from logo.serve.batching import Batching, Job, News
 from logo.serve.loading import Loading
 from logo.serve.memory import Memory
@@ -232,7 +232,7 @@ class Service:
             names = self.usable(request.usable)
             if not names:
                 raise PoolError("none of the adapters that this API key may use is in the pool")
-            options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
+            options["candidates"] = [checked_name(name, pool, names) for name in options.get("candidates") or names]
         if options.get("k"):  # a larger k means all adapters; a client's k gives no warning in the server
             options["k"] = min(options["k"], len(options.get("candidates") or pool))
         return self.logo.options(**options)

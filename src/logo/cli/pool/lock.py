@@ -55,7 +55,7 @@ def lock(
     if base_model is not None:
         good, misfits = divided(good, fitting(base_model))
         bad += misfits
-    pool = AdapterPool.found(",".join(sources), good, [*refused, *bad], on_bad_adapter, k)
+    pool = AdapterPool.usable(",".join(sources), good, [*refused, *bad], on_bad_adapter, k)
     entries = [_entry(adapter, save, before) for adapter in pool]
     write_manifest(save, Manifest(entries, before.k if k is None else k))
     if json:
