@@ -33,8 +33,6 @@ from logo.selection import calibration
 from logo.selection.reference import UNIT, USUAL
 from logo.selection.texts import NEUTRAL, REQUESTS, windowed
 from logo.selection.whitening import Whitening
-from logo.serve.memory import Memory
-from logo.serve.service import Service
 from make_adapters import everyones_folder, lock
 from test_engine import write_adapter
 from tolerances import PATIENCE, same_scores, same_selection
@@ -283,14 +281,14 @@ def test_a_base_model_that_overflows_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_refused_prompt_is_probed_once(llama: nn.Module, tmp_path: Path) -> None:
-    """It fails alone: those beside it in a batch of the server have the selections that it does not change."""
+    """It fails alone: those beside it in a batch have the selections that it does not change."""
     mixed = engine(llama, pool(llama, tmp_path))
     want = mixed.select(PROMPTS, batch_size=len(PROMPTS))
     below = sorted(one.confidence or 0.0 for one in want)[2]
     refusing = engine(llama, tmp_path, when_unsure="refuse", unsure_below=below)
-    rows, passes, service = refusing.prompts.read(PROMPTS, room=None), [], Service(refusing, Memory(concurrent=4))
+    rows, passes = refusing.prompts.read(PROMPTS, room=None), []
     handle = llama.get_submodule("model.embed_tokens").register_forward_hook(lambda *_: passes.append(1))
-    found = service._probed([*rows], [refusing.options()] * len(rows))
+    found = refusing.outcomes(rows, [refusing.options()] * len(rows))
     with pytest.raises(Unsure, match=r"^prompt \d: no adapter"):
         refusing.generate(PROMPTS, batch_size=len(PROMPTS))
     handle.remove()
