@@ -444,10 +444,12 @@ class Decoder:
             warn_of_silent((name for name in mixture if name not in act.weights), self._warned)
         width = max(map(len, batch.rows))
         pads = [width - len(row) for row in batch.rows]
-        read, cached = self._read_ahead(batch, config, pads)
+        read, cached = self._cached_beginning(batch, config, pads)
         return [mixture.shifted(pad, read) for mixture, pad in zip(acting, pads, strict=True)], cached
 
-    def _read_ahead(self, batch: Batch, config: GenerationConfig, pads: Sequence[int]) -> tuple[int, dict[str, Any]]:
+    def _cached_beginning(
+        self, batch: Batch, config: GenerationConfig, pads: Sequence[int]
+    ) -> tuple[int, dict[str, Any]]:
         """How many columns the base model alone has read of a batch, and the model's argument with their keys and
         values; 0 and nothing if the mixture reads everything."""
         if self.prefix_cache is None or not self._reads_ahead(batch.pool, config):

@@ -206,12 +206,22 @@ class WeightWatch:
     def stamp(self) -> Hashable:
         """Differs from an earlier one if the weights were changed meanwhile. No mixture may be active, since a merged
         one has weights of its own."""
-        parameters: list[Any] = [held[name] for held, name in self._places]
+        parameters: list[Any] = [held.get(name) for held, name in self._places]
         try:
             written = [parameter._version for parameter in parameters]
-        except RuntimeError:  # tensors that were made in inference mode count nothing
-            written = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
-        return tuple(written), tuple([parameter.data_ptr() for parameter in parameters])
+            places = [parameter.data_ptr() for parameter in parameters]
+        except (AttributeError, RuntimeError):  # some are not there any more, quantised, or count nothing
+            return tuple(map(self._stamp_of, parameters))
+        return tuple(written), tuple(places)
+
+    @staticmethod
+    def _stamp_of(parameter: Any) -> Hashable:
+        from torch import nn
+
+        if type(parameter) is not nn.Parameter:
+            return id(parameter)
+        written = None if parameter.is_inference() else parameter._version
+        return written, parameter.data_ptr()
 
 
 def droppers(model: PreTrainedModel) -> list[nn.Module]:
