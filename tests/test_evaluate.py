@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -257,7 +258,9 @@ def test_rows_that_nothing_is_made_for_end_no_run(tmp_path: Path) -> None:
     asked = [{"context": "Bake a cake of apples", "completion": "x"}] * 2
     rows = write_rows(tmp_path / "rows" / "mixed.jsonl", [*asked, *heldout()["antonym"][:2]]).parent
     [folder] = evaluated(tmp_path / "r", rows, "--when-unsure", "refuse", code=1)
-    assert [one["error"] is None for one in lines(folder)] == [False, False, True, True]
+    errors = [one["error"] for one in lines(folder)]
+    assert errors[2:] == [None, None] and errors[0] == errors[1]
+    assert re.fullmatch(r"no adapter of the pool seems to be made for this prompt \(confidence .*\)", errors[0])
 
 
 def test_another_metric_judges_what_an_unfinished_run_has_answered(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.text import Text
 
-from logo.cli.options import said
+from logo.cli.options import in_words
 from logo.cli.output import natural_width, note, one_line, out, plain_table, print_json, screen
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def compare(
     runs: list[Path],
     /,
     *,
-    metric: Annotated[list[str] | None, said("as the runs did")] = None,
+    metric: Annotated[list[str] | None, in_words("as the runs did")] = None,
     json: bool = False,
 ) -> None:
     """Compare runs row by row with the first: differences, intervals, and a test whether they could be chance.

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, positive, said
+from logo.cli.options import EngineOptions, in_words, positive
 from logo.cli.output import err, out, plain_table, print_json, progress, weighty
 from logo.evaluation.metrics import em
 from logo.models import DEMO
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from logo.engine import LoGo
 
 
-def demo(*, limit: Annotated[int | None, said("all", validator=positive)] = None, json: bool = False) -> None:
+def demo(*, limit: Annotated[int | None, in_words("all", validator=positive)] = None, json: bool = False) -> None:
     """Answer prompts with the bundled model, side by side with its base model, and measure every task.
 
     Example: logo demo --limit 10

@@ -24,11 +24,11 @@ from logo.cli.options import (
     MethodOptions,
     WorkerOptions,
     arguments,
+    command_record,
     device_name,
+    in_words,
     not_negative,
     positive,
-    said,
-    written,
 )
 from logo.cli.output import check_writable, err, note, plain_table, print_json, progress, screen
 from logo.cli.prompts import or_demo
@@ -53,19 +53,19 @@ ROWS = Group("Rows and results", sort_key=2)
 class RowOptions:
     """Which rows, how they are answered, and where results are written."""
 
-    dataset: Annotated[str, said("all in the data folder")] = ""
+    dataset: Annotated[str, in_words("all in the data folder")] = ""
     """Name, list `a,b` or pattern `bbh.*`."""
 
     rows: Annotated[Path, Parameter(name=("--rows", "--data-dir"))] = Path("data")
     """Folder of main/sub/test.jsonl, or of NAME.jsonl."""
 
-    train_rows: Annotated[Path | None, said("beside test.jsonl")] = None
+    train_rows: Annotated[Path | None, in_words("beside test.jsonl")] = None
     """Folder of NAME.jsonl to learn from."""
 
-    metric: Annotated[list[str] | None, said("of each dataset")] = None
+    metric: Annotated[list[str] | None, in_words("of each dataset")] = None
     """em, em_multi, em_first, bleu, rouge or a plugin's; DATASET=METRIC for some (repeatable)."""
 
-    limit: Annotated[int | None, said("all", validator=positive)] = None
+    limit: Annotated[int | None, in_words("all", validator=positive)] = None
     """Only the first rows of each dataset."""
 
     batch_size: Annotated[int, Parameter(validator=positive)] = 1
@@ -77,7 +77,7 @@ class RowOptions:
     result_dir: str = "results"
     """Folder for result folders."""
 
-    run_name: Annotated[str, said("none")] = ""
+    run_name: Annotated[str, in_words("none")] = ""
     """Added to the result folder's name."""
 
     overwrite: bool = False
@@ -105,7 +105,7 @@ def run(
     rows: RowOptions = RowOptions(),
     method: MethodOptions = MethodOptions(),
     runner: Annotated[Engine, Parameter(name="--engine")] = "local",
-    engine_args: Annotated[str, said("none")] = "",
+    engine_args: Annotated[str, in_words("none")] = "",
     workers: WorkerOptions = WorkerOptions(),
     json: bool = False,
     engine: EngineOptions = EngineOptions(),
@@ -126,7 +126,7 @@ def run(
 
     workers.check(engine.device)
     base_model = or_demo(engine)
-    command = written("eval run", rows, method, engine)
+    command = command_record("eval run", rows, method, engine)
     options: dict[str, Any] = {
         "engine": runner,
         "k": engine.n_selected_modules,
@@ -158,7 +158,7 @@ def run(
 class OfficialOptions:
     """The options of the official script, by their names there, and some of ours."""
 
-    dataset: Annotated[str, said("all in the data folder")] = ""
+    dataset: Annotated[str, in_words("all in the data folder")] = ""
     """Name, list `a,b` or pattern `bbh.*`."""
 
     base_model: str = "Llama-3.1-8B"
@@ -191,10 +191,10 @@ class OfficialOptions:
     save_dir: str = ""
     """Accepted for the official command line; not used."""
 
-    adapters: Annotated[str | None, said("the base model's own")] = None
+    adapters: Annotated[str | None, in_words("the base model's own")] = None
     """Folder, Hub repo or manifest of adapters; several with commas."""
 
-    limit: Annotated[int | None, said("all", validator=positive)] = None
+    limit: Annotated[int | None, in_words("all", validator=positive)] = None
     """Only the first rows of each dataset."""
 
     max_new_tokens: Annotated[int, Parameter(validator=positive)] = 256
@@ -203,7 +203,7 @@ class OfficialOptions:
     batch_size: Annotated[int, Parameter(validator=positive)] = 1
     """Prompts per forward pass."""
 
-    probe_context: Annotated[Context | None, said("base; with the preset: carry")] = None
+    probe_context: Annotated[Context | None, in_words("base; with the preset: carry")] = None
     """Adapters active while probing: none, the whole pool, or as the official script runs."""
 
     preset: Literal["official"] | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, not_negative, positive, said
+from logo.cli.options import EngineOptions, in_words, not_negative, positive
 from logo.cli.output import note, print_json, selection_line, verbatim
 from logo.cli.prompts import PromptOptions, forced, or_demo
 from logo.errors import UsageError
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def generate(
     *prompt: str,
     prompts: PromptOptions = PromptOptions(),
-    max_new_tokens: Annotated[int | None, said("256, or half of the context", validator=positive)] = None,
-    adapter: Annotated[list[str] | None, said("selected")] = None,
+    max_new_tokens: Annotated[int | None, in_words("256, or half of the context", validator=positive)] = None,
+    adapter: Annotated[list[str] | None, in_words("selected")] = None,
     base_only: bool = False,
     temperature: Annotated[float, Parameter(validator=not_negative)] = 0.0,
     seed: int = 0,

@@ -33,7 +33,7 @@ positive = Number(gte=1)
 not_negative = Number(gte=0)
 
 
-def said(default: str, *, of: Group | None = None, **more: Any) -> Parameter:
+def in_words(default: str, *, of: Group | None = None, **more: Any) -> Parameter:
     """An option whose default is told in words."""
     if of is not None:  # a group of None is none at all: such options are not shown
         more["group"] = of
@@ -64,7 +64,7 @@ def changed(options: Any, *names: str) -> dict[str, str]:
     return flags
 
 
-def written(name: str, *options: Any) -> dict[str, Any]:
+def command_record(name: str, *options: Any) -> dict[str, Any]:
     """What a command writes beside its results, for `--config`: its name, the options of these dataclasses that do not
     have their defaults, without secrets, and the plugins."""
     values = {name: getattr(group, name) for group in options for name in changed(group)}
@@ -80,10 +80,10 @@ def written(name: str, *options: Any) -> dict[str, Any]:
 class PoolOptions:
     """Which model, and which pool."""
 
-    base_model: Annotated[str | None, said("demo", of=POOL)] = None
+    base_model: Annotated[str | None, in_words("demo", of=POOL)] = None
     """Hub id, folder or short name."""
 
-    adapters: Annotated[list[str] | None, said("the base model's own", of=POOL)] = None
+    adapters: Annotated[list[str] | None, in_words("the base model's own", of=POOL)] = None
     """Folder, Hub repo or manifest; several with commas."""
 
     device: Annotated[str, Parameter(group=POOL, converter=device_name, n_tokens=1)] = "auto"
@@ -100,11 +100,11 @@ class PoolOptions:
 class EngineOptions(PoolOptions):
     """The same, and how adapters are selected."""
 
-    signal: Annotated[str | None, said("calibrated", of=POOL)] = None
+    signal: Annotated[str | None, in_words("calibrated", of=POOL)] = None
     """`calibrated`, `norm` or `entropy`."""
 
     n_selected_modules: Annotated[
-        int | None, said("20; demo: 3", of=POOL, name=("--n-selected-modules", "-k"), validator=positive)
+        int | None, in_words("20; demo: 3", of=POOL, name=("--n-selected-modules", "-k"), validator=positive)
     ] = None
     """The most adapters of a prompt."""
 
@@ -114,7 +114,7 @@ class EngineOptions(PoolOptions):
     prior: Annotated[float, Parameter(group=POOL, validator=Number(gt=0, lt=1))] = 0.8
     """How likely it is that a prompt belongs to some adapter of the pool."""
 
-    dtype: Annotated[str | None, said("the model's; CPU: float32", of=POOL)] = None
+    dtype: Annotated[str | None, in_words("the model's; CPU: float32", of=POOL)] = None
     """float32, bfloat16, float16 or auto."""
 
 
@@ -123,10 +123,10 @@ class EngineOptions(PoolOptions):
 class WorkerOptions:
     """Several processes that answer rows."""
 
-    workers: Annotated[int | None, said("this process", validator=positive)] = None
+    workers: Annotated[int | None, in_words("this process", validator=positive)] = None
     """Processes that answer, each with the model (needs Ray)."""
 
-    ray: Annotated[str | None, said("RAY_ADDRESS, else local")] = None
+    ray: Annotated[str | None, in_words("RAY_ADDRESS, else local")] = None
     """Where they are: local, auto (the Ray cluster of this machine) or HOST:PORT."""
 
     def check(self, device: str) -> None:

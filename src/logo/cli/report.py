@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from logo.cli.options import said
+from logo.cli.options import in_words
 from logo.cli.output import check_writable, note, print_json
 from logo.errors import UsageError
 from logo.files import replace_file
@@ -16,7 +16,7 @@ def report(
     /,
     *,
     save: list[Path],
-    metric: Annotated[list[str] | None, said("as the runs did")] = None,
+    metric: Annotated[list[str] | None, in_words("as the runs did")] = None,
     json: bool = False,
 ) -> None:
     """Make one self-contained page of results: intervals, comparisons, adapters, confidence, every row.

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from logo.cli.options import Engine, ProbeText, positive, said
+from logo.cli.options import Engine, ProbeText, in_words, positive
 from logo.errors import UsageError
 
 Log = Literal["text", "json", "prompts"]
@@ -42,16 +42,16 @@ class ServerOptions:
     cors: Annotated[list[str] | None, Parameter(group=NETWORK)] = None
     """Origin whose web pages may send requests (repeatable)."""
 
-    served_model_name: Annotated[str | None, said("the last part of --base-model", of=NETWORK)] = None
+    served_model_name: Annotated[str | None, in_words("the last part of --base-model", of=NETWORK)] = None
     """Model name to request the base model alone."""
 
     max_concurrent: Annotated[int, Parameter(group=LIMITS, validator=Number(gte=1, lte=512))] = 64
     """Answers that are generated at the same time."""
 
-    kv_cache_gb: Annotated[float | None, said("0.3 of what is free; CPU: at most 2", of=LIMITS)] = None
+    kv_cache_gb: Annotated[float | None, in_words("0.3 of what is free; CPU: at most 2", of=LIMITS)] = None
     """Memory for keys and values, in 10⁹ bytes."""
 
-    adapter_memory_gb: Annotated[float | None, said("0.3 of what is free", of=LIMITS)] = None
+    adapter_memory_gb: Annotated[float | None, in_words("0.3 of what is free", of=LIMITS)] = None
     """Memory for adapters, in 10⁹ bytes."""
 
     allow_adapter_changes: Annotated[Path | None, Parameter(group=NETWORK)] = None
@@ -66,7 +66,7 @@ class ServerOptions:
     server: Annotated[Engine, Parameter(name="--engine")] = "local"
     """This process, or vLLM's own server."""
 
-    replicas: Annotated[int | None, said("one", validator=positive)] = None
+    replicas: Annotated[int | None, in_words("one", validator=positive)] = None
     """With --engine vllm: how many processes answer (needs Ray; on its cluster RAY_ADDRESS, if set)."""
 
     dry_run: bool = False

@@ -13,7 +13,7 @@ from cyclopts.validators import Number
 from rich.text import Text
 
 from logo.cli.opening import MODEL_DIR, placed, quiet_transformers
-from logo.cli.options import POOL, PoolOptions, method_arguments, positive, said, written
+from logo.cli.options import POOL, PoolOptions, command_record, in_words, method_arguments, positive
 from logo.cli.output import (
     check_writable,
     err,
@@ -58,10 +58,10 @@ class StudyRows:
     save: Path
     """Folder to write run.json and rows.jsonl to."""
 
-    tasks: Annotated[str, said("all")] = ""
+    tasks: Annotated[str, in_words("all")] = ""
     """Names or patterns, `a,b*`."""
 
-    limit: Annotated[int | None, said("all", validator=positive)] = None
+    limit: Annotated[int | None, in_words("all", validator=positive)] = None
     """Only the first rows of each task."""
 
     train_rows: Path | None = None
@@ -109,7 +109,7 @@ class ContestOptions:
     protocols: str = "in-pool,removed,out-of-pool"
     """in-pool: each row's target adapter is there; removed: it is left out; out-of-pool: tasks without one."""
 
-    generate: Annotated[int | None, said("gold texts are scored only", validator=positive)] = None
+    generate: Annotated[int | None, in_words("gold texts are scored only", validator=positive)] = None
     """Also generate answers of up to N new tokens, and judge them by the metric in NAME.yaml beside NAME.jsonl, else by
     the task's name."""
 
@@ -133,7 +133,7 @@ class SelectionOptions:
     """What every selection of the engine depends on."""
 
     n_selected_modules: Annotated[
-        int | None, said("20; demo: 3", of=POOL, name=("--n-selected-modules", "-k"), validator=positive)
+        int | None, in_words("20; demo: 3", of=POOL, name=("--n-selected-modules", "-k"), validator=positive)
     ] = None
     """The most adapters of a prompt; of methods, `--method-args k=N`."""
 
@@ -174,7 +174,7 @@ def study(
         **placed(pool.device),
     }
     opening = Opening(base_model, pool.sources, options)
-    command = written("eval study", rows, contest, pool, selection)
+    command = command_record("eval study", rows, contest, pool, selection)
     with closing(Measurer(opening(), compared)) as measurer, progress(disable=not err.is_terminal) as bars:
         names = list(measurer.facts.identity["pool"])
         in_pool = sum(task.name in names for task in tasks)

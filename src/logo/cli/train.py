@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 from logo.cli.opening import MODEL_DIR, device_of, quiet_transformers
-from logo.cli.options import device_name, said
+from logo.cli.options import device_name, in_words
 from logo.cli.output import err, note, out, plain_table, print_json, progress
 from logo.training.config import TrainingConfig
 
@@ -33,7 +33,7 @@ def train(
     rows: Path,
     output: Annotated[Path, Parameter(name="--out")],
     base_model: str = "demo",
-    tasks: Annotated[str, said("all")] = "",
+    tasks: Annotated[str, in_words("all")] = "",
     overwrite: bool = False,
     device: Annotated[str, Parameter(converter=device_name, n_tokens=1)] = "auto",
     json: bool = False,

@@ -232,7 +232,7 @@ def record(index: int, row: Row, outcome: Outcome, form: AnswerForm, metric: str
     if isinstance(answer, LoGoError):
         line |= {"prediction": "", "value": zero(metric), "error": " ".join(str(answer).split())}
         if isinstance(answer, Unsure):
-            line["confidence"] = answer.confidence
+            line |= {"error": answer.reason, "confidence": answer.confidence}
         return {**line, "selected": [], "weights": [], "scores": {}, "seconds": {"inference": seconds}}
     prediction = answer_in(answer.text, form.whole, form.front, official=form.official)
     selection = answer.selection

@@ -12,7 +12,7 @@ from logo.adapters.examples import read_examples, write_examples
 from logo.adapters.manifest import read_manifest, write_manifest
 from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import parse_sources
-from logo.cli.options import said
+from logo.cli.options import in_words
 from logo.cli.output import note, out, print_json, verbatim
 from logo.errors import DataError, StorageError, UsageError
 from logo.files import locked
@@ -24,8 +24,8 @@ LEAST = 3  # fewer prompts may be trials
 
 def examples(
     place: str,
-    name: Annotated[str | None, said("counts the examples of all")] = None,
-    file: Annotated[Path | None, said("prints the present ones")] = None,
+    name: Annotated[str | None, in_words("counts the examples of all")] = None,
+    file: Annotated[Path | None, in_words("prints the present ones")] = None,
     /,
     *,
     from_log: list[Path] | None = None,

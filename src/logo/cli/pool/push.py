@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from logo.adapters.adapter import own_name
 from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import Source
-from logo.cli.options import said
+from logo.cli.options import in_words
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import refusals, tell_refused
 
@@ -20,7 +20,7 @@ def push(
     repo: str,
     /,
     *,
-    path_in_repo: Annotated[str | None, said("{base model}-loras-{DIR}, as in the official collection")] = None,
+    path_in_repo: Annotated[str | None, in_words("{base model}-loras-{DIR}, as in the official collection")] = None,
     private: bool = False,
     dry_run: bool = False,
     json: bool = False,
