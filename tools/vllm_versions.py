@@ -61,10 +61,10 @@ class Sources:
 
     def line(self, module: str, name: str) -> Iterator[ast.ClassDef]:
         """A class and those that it inherits from, as far as vLLM defines them."""
-        found = self.owner(module, name)
-        if found is None:
+        owner = self.owner(module, name)
+        if owner is None:
             return
-        where, node = found
+        where, node = owner
         yield node
         for base in node.bases:
             base = base.value if isinstance(base, ast.Subscript) else base
@@ -135,18 +135,19 @@ class Sources:
     def _without(self, need: Function) -> str | None:
         if self.module(need.module) is None:
             return f"no module {need.module}"
-        found = self.function(need)
-        if found is None or found is False:
+        function = self.function(need)
+        if function is None or function is False:
             generated = need.name == "__init__" and need.owner and self._generated(need)
             return None if generated else "does not exist"
-        if isinstance(found, bool):
+        if isinstance(function, bool):
             return None
-        taken = [argument.arg for argument in (*found.args.posonlyargs, *found.args.args)]
-        named = {*taken, *(argument.arg for argument in found.args.kwonlyargs)}
-        fits = (
-            tuple(taken[: len(need.parameters)]) == need.parameters if need.positional else named >= {*need.parameters}
-        )
-        return None if fits else f"takes ({', '.join(taken)})"
+        parameters = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+        if need.positional:
+            fits = tuple(parameters[: len(need.parameters)]) == need.parameters
+        else:
+            parameters += [argument.arg for argument in function.args.kwonlyargs]
+            fits = {*parameters} >= {*need.parameters}
+        return None if fits else f"takes ({', '.join(parameters)})"
 
     def _generated(self, need: Function) -> bool:
         """Whether a dataclass generates an `__init__` with these parameters."""
@@ -192,11 +193,13 @@ def wheel(version: str, folder: Path) -> Path | None:
     if not sorted(place.glob("*.whl")):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         for distribution in DISTRIBUTIONS:
-            asked = f"{distribution}=={version}.*"
-            done = subprocess.run([*command, "--dest", str(place), asked], check=False, capture_output=True, text=True)
+            requirement = f"{distribution}=={version}.*"
+            done = subprocess.run(
+                [*command, "--dest", str(place), requirement], check=False, capture_output=True, text=True
+            )
             if not done.returncode:
                 break
-            print(f"{asked}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            print(f"{requirement}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
     return next(iter(sorted(place.glob("*.whl"))), None)
 
 
@@ -212,13 +215,13 @@ def in_folder(root: Path) -> Sources:
     return Sources(lambda name: (root / name).read_text() if (root / name).is_file() else None)
 
 
-def table(found: dict[str, Sources], wanted: Sequence[tuple[str, Need]]) -> tuple[list[str], list[str]]:
+def table(sources: dict[str, Sources], listed: Sequence[tuple[str, Need]]) -> tuple[list[str], list[str]]:
     """The lines of the table, and a line for each need that a version does not meet."""
-    versions = list(found)
+    versions = list(sources)
     lines = [f"{'':11}  {'  '.join(version.rjust(6) for version in versions)}  what"]
     different = []
-    for kind, need in wanted:
-        missing = [found[version].missing(need) for version in versions]
+    for kind, need in listed:
+        missing = [sources[version].missing(need) for version in versions]
         cells = "  ".join(("ok" if reason is None else "-").rjust(6) for reason in missing)
         lines.append(f"{kind:11}  {cells}  {title(need)}")
         different += [
@@ -234,10 +237,10 @@ def main(folder: Path) -> int:
     wheels = {version: wheel(version, folder) for version in KNOWN}
     for version, path in wheels.items():
         print(f"{version}: {'no wheel' if path is None else path.name}")
-    found = {version: in_wheel(path) for version, path in wheels.items() if path is not None}
-    lines, different = table(found, needs())
+    sources = {version: in_wheel(path) for version, path in wheels.items() if path is not None}
+    lines, different = table(sources, needs())
     print("\n".join(["", *lines, "", *(different or ["nothing is missing"])]))
-    return 1 if different or not found else 0
+    return 1 if different or not sources else 0
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class Worker:
         self._skeleton = skeleton(model_config.model, model_config.dtype, model_config.revision)
         pool = pool_of(options, self._skeleton)
         self._pools: dict[str, AdapterPool] = {pool.digest: pool}
-        self._known: OrderedDict[str, Adapter] = OrderedDict()  # by key, those of the latest pool last
+        self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # by key, those of the latest pool last
         self._remember(pool)
         # Compiled layers keep the slices and the taps that they were compiled with; a changed pool may need others.
         self._compiled = is_compiled(vllm_config)
@@ -110,7 +110,7 @@ class Worker:
 
         manager = self._manager._adapter_manager
         device = self._manager.device
-        self._adapters = manager
+        self._vllm_adapters = manager
         self._modules: dict[str, str] = {}  # module path in adapters -> path of vLLM's layer
         for path in manager.modules:
             self._modules |= dict.fromkeys(manager.packed_modules.get(path, [path]), path)
@@ -160,7 +160,7 @@ class Worker:
     def _layer(self, module: str, why: str) -> str:
         if module not in self._modules:
             there = ", ".join(sorted({path.rpartition(".")[2] for path in self._modules}))
-            kind = type(self._adapters.model).__name__
+            kind = type(self._vllm_adapters.model).__name__
             raise ModelError(
                 f"{why} {module}, but vLLM's {kind} has no layer there that takes adapters; it has {there}"
             )
@@ -201,7 +201,7 @@ class Worker:
         if isinstance(content, Mix):
             request.begins = content.begins(prompt)
             silent = [key for key, begin in zip(content.keys, request.begins, strict=True) if begin is None]
-            warn_of_silent((self._known[key].name for key in silent), self._warned)
+            warn_of_silent((self._adapters[key].name for key in silent), self._warned)
         self._requests[new.req_id] = request
         return request
 
@@ -237,7 +237,7 @@ class Worker:
         """The gate (count, slots) of tokens of a mixture, the first of which has the position `start`."""
         settled = max((begin or 0 for begin in request.begins), default=0)
         if request.gate is None or start < settled:  # a request that was put back begins anew
-            slots = {number: slot for slot, number in enumerate(self._adapters.lora_index_to_id)}
+            slots = {number: slot for slot, number in enumerate(self._vllm_adapters.lora_index_to_id)}
             positions = torch.arange(start, start + count)
             gate = torch.zeros(count, self._gates.tokens.shape[1])
             for (key, weight, _), begin in zip(mix.parts, request.begins, strict=True):
@@ -258,9 +258,9 @@ class Worker:
 
         for slot, key in into:
             number = slot + 1  # of vLLM's
-            adapter = self._known[key]
+            adapter = self._adapters[key]
             self._slots = {before: taken for before, taken in self._slots.items() if taken != number}
-            self._adapters.remove_adapter(number)
+            self._vllm_adapters.remove_adapter(number)
             loras = {}
             for module, weights in adapter.read().items():
                 a = weights.A.to(self._dtype)
@@ -269,8 +269,8 @@ class Worker:
                     raise AdapterError(adapter.name, f"{module} overflows in {self._dtype}")
                 loras[module] = LoRALayerWeights(module, len(a), 1, a, b, scaling=1.0)  # else B would be scaled again
             model = LoRAModel(number, max(adapter.ranks), loras)
-            self._adapters.add_adapter(model)
-            self._adapters.activate_adapter(number)
+            self._vllm_adapters.add_adapter(model)
+            self._vllm_adapters.activate_adapter(number)
             model.loras.clear()  # the slot holds it now
             self._slots[key] = number
 
@@ -291,10 +291,10 @@ class Worker:
 
     def _remember(self, pool: AdapterPool) -> None:
         for adapter in pool:
-            self._known[adapter.key] = adapter
-            self._known.move_to_end(adapter.key)
-        while len(self._known) > len(pool) + _REMEMBERED:
-            self._known.popitem(last=False)
+            self._adapters[adapter.key] = adapter
+            self._adapters.move_to_end(adapter.key)
+        while len(self._adapters) > len(pool) + _REMEMBERED:
+            self._adapters.popitem(last=False)
 
     def signal(
         self, digest: str, signal: str, texts: Sequence[Sequence[int]], keys: Sequence[str], fresh: bool
@@ -352,9 +352,9 @@ class Worker:
 
     def _note_used(self) -> None:
         """Tells the layers on which of their slices adapters act; they keep multiplying all (None) if compiled."""
-        touched = {module for adapter in self._known.values() for module in adapter.modules}
-        for path, layer in self._adapters.modules.items():
-            parts = self._adapters.packed_modules.get(path, [path])
+        touched = {module for adapter in self._adapters.values() for module in adapter.modules}
+        for path, layer in self._vllm_adapters.modules.items():
+            parts = self._vllm_adapters.packed_modules.get(path, [path])
             told_apart = not self._compiled and getattr(layer, "n_slices", 0) == len(parts)
             if hasattr(layer, "punica_wrapper"):
                 layer.punica_wrapper.used = tuple(part in touched for part in parts) if told_apart else None
