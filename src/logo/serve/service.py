@@ -43,7 +43,7 @@ _log = logging.getLogger("logo.serve")
 
 
 @dataclass(frozen=True, eq=False)
-class _Waiting:
+class _WaitingPrompt:
     """A prompt that waits for its mixture, since a moment of `time.perf_counter`."""
 
     prompt: Prompt
@@ -79,7 +79,7 @@ class Service:
         prepared, self.signals = self._scoring(logo.prepared())
         logo.take(prepared)
         self._selecting = ThreadPoolExecutor(1, "logo-select")
-        self._line: deque[_Waiting] = deque()  # two threads may use its two ends
+        self._line: deque[_WaitingPrompt] = deque()  # two threads may use its two ends
         self.loading = Loading(logo.adapter_cache, self.batching.schedule)
         self._silent = set[str]()  # the adapters of which a warning says that they do not act
 
@@ -133,7 +133,7 @@ class Service:
         await self.loading.let_pass(request)
         futures = []
         for prompt in prompts:
-            waiting = _Waiting(prompt, request, time.perf_counter(), Future())
+            waiting = _WaitingPrompt(prompt, request, time.perf_counter(), Future())
             self._line.append(waiting)
             self._selecting.submit(self._select_waiting)  # for all that wait by then: later calls may find none
             futures.append(asyncio.wrap_future(waiting.future))
@@ -152,7 +152,7 @@ class Service:
     def _select_waiting(self) -> None:
         """Takes prompts that wait, and selects for all of them together."""
         batch = self._taken(_PROBED)
-        selections: dict[_Waiting, Selection | Exception] = {}
+        selections: dict[_WaitingPrompt, Selection | Exception] = {}
         began = time.perf_counter()
         if any(waiting.request.adapters is None for waiting, _ in batch):
             try:
@@ -185,7 +185,7 @@ class Service:
                 raise model_not_found(name)
         return forced(weights, self.logo.fitted, options.candidates)
 
-    def _probed(self, batch: Sequence[tuple[_Waiting, Options]]) -> dict[_Waiting, Selection | Exception]:
+    def _probed(self, batch: Sequence[tuple[_WaitingPrompt, Options]]) -> dict[_WaitingPrompt, Selection | Exception]:
         """The selection of each prompt that is to be probed, or its error. Generation is paused meanwhile."""
         probed = [(waiting, options) for waiting, options in batch if waiting.request.adapters is None]
         prompts = [waiting.prompt for waiting, _ in probed]
@@ -214,9 +214,9 @@ class Service:
         hold = cache.reserve([pool[name] for name in mixture.weights])
         return HeldMixture(chosen, mixture, earliest(pool.activations, ids), hold, cache)
 
-    def _taken(self, count: int) -> list[tuple[_Waiting, Options]]:
+    def _taken(self, count: int) -> list[tuple[_WaitingPrompt, Options]]:
         """At most `count` prompts of the line, with their options; those whose options are wrong are told so."""
-        taken: list[tuple[_Waiting, Options]] = []
+        taken: list[tuple[_WaitingPrompt, Options]] = []
         while self._line and len(taken) < count:
             waiting = self._line.popleft()
             if waiting.future.set_running_or_notify_cancel():
