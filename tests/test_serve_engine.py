@@ -24,7 +24,7 @@ from logo.api.names import MixtureRequest
 from logo.core import Prompt, Selection
 from logo.decoding import Batch, Decoding, call_config
 from logo.errors import AdapterError, ModelError, NotFinite, PoolError, UsageError
-from logo.serve.batching import Job
+from logo.serve.batching import AnswerJob
 from logo.serve.memory import Memory
 from logo.serve.packed import HeldMixture
 from logo.serve.sampling import Sampling
@@ -70,7 +70,7 @@ async def answer(
     tokens: list[int] = []
     reason = None
     try:
-        async for _, new, why in service.generate([Job(ids, chosen, sampling)]):
+        async for _, new, why in service.generate([AnswerJob(ids, chosen, sampling)]):
             tokens += new
             reason = why
     finally:
@@ -271,7 +271,7 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
 
     async def use(service: Service) -> Any:
         chosen = await choose(service, Prompt.of_ids(ids), wanted)
-        deltas = service.generate([Job(ids, chosen, Sampling(30))])
+        deltas = service.generate([AnswerJob(ids, chosen, Sampling(30))])
         first = (await anext(deltas))[1]
         waiting = await choose(service, Prompt.of_ids(ids), wanted)  # selected, not begun
         await service.remove("t1")
@@ -281,7 +281,7 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
         await service.add(tmp_path / "other", "t1")
         new = await answer(service, ids, wanted, Sampling(30))
         rest = [token async for _, new, _ in deltas for token in new]
-        more = service.generate([Job(ids, waiting, Sampling(30))])
+        more = service.generate([AnswerJob(ids, waiting, Sampling(30))])
         held = [token async for _, new, _ in more for token in new]
         scores = (await choose(service, Prompt.of_ids(ids), MixtureRequest())).chosen.selection.scores
         return (*first, *rest), tuple(held), new[0], scores
@@ -370,11 +370,11 @@ def test_answers_go_on_while_a_burst_of_prompts_is_read(llama: nn.Module, adapte
 
     async def use(service: Service) -> None:
         mixtures = [await choose(service, Prompt.of_ids(ids), base) for ids in rows]
-        first = service.generate([Job(rows[0], mixtures[0], Sampling(200))])
+        first = service.generate([AnswerJob(rows[0], mixtures[0], Sampling(200))])
         await anext(first)
         handle = llama.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            jobs = [Job(ids, mixture, Sampling(5)) for ids, mixture in zip(rows, mixtures, strict=True)]
+            jobs = [AnswerJob(ids, mixture, Sampling(5)) for ids, mixture in zip(rows, mixtures, strict=True)]
             async for _ in service.generate(jobs):
                 pass
         finally:

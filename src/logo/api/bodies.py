@@ -23,8 +23,8 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]  # above any vocabulary and contex
 Number = Annotated[float, Field(allow_inf_nan=False)]
 # A list of at least one. It is read up to its first fault: thousands of them would keep the event loop for seconds.
 Listed = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
-Tokens = Listed[Annotated[int, Field(strict=True)]]
-StopTexts = Annotated[
+TokenIds = Listed[Annotated[int, Field(strict=True)]]
+_Stops = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...], Field(max_length=4, fail_fast=True)
 ]
 _MOST_FIELDS = 1000  # of an object whose every field may be wrong, which pydantic reads to the end
@@ -179,7 +179,7 @@ class SelectRequest(ModelRequest):
     """Body of `POST /v1/logo/select`: one prompt, or one conversation, and how long its answer would be."""
 
     model: str = "logo"
-    prompt: str | Tokens | None = None
+    prompt: str | TokenIds | None = None
     messages: Listed[Message] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     max_tokens: Count | None = None
@@ -251,7 +251,7 @@ class _Generation(ModelRequest):
     n: Annotated[int, Field(ge=1, le=16)] = 1
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     # The texts before which an answer ends.
-    stop: Annotated[StopTexts, BeforeValidator(lambda stop: (stop,) if isinstance(stop, str) else stop)] = ()
+    stop: Annotated[_Stops, BeforeValidator(lambda stop: (stop,) if isinstance(stop, str) else stop)] = ()
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
@@ -270,7 +270,7 @@ class _Generation(ModelRequest):
 class CompletionRequest(_Generation):
     """Body of `POST /v1/completions`; `prompt` is a text, several, the token ids of one, or of several."""
 
-    prompt: str | Listed[str] | Tokens | Listed[Tokens]
+    prompt: str | Listed[str] | TokenIds | Listed[TokenIds]
     add_special_tokens: Literal[True] = True
 
     @model_validator(mode="after")

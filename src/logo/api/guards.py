@@ -29,7 +29,7 @@ from logo.api.logs import request_id
 from logo.api.names import Patterns
 from logo.errors import UsageError
 
-PAGE = "/page/"  # where the page's files are
+PAGE_FILES = "/page/"  # where the page's files are
 # Need no key, as the page's files: what a browser loads before it can ask for one.
 _OPEN = ("/", "/health", "/ready")
 # What a key that is bound to some adapters may not use.
@@ -149,7 +149,7 @@ class Admission:
             for origin in headers.getlist("origin"):
                 if not self._may_change(origin, hosts):
                     raise forbidden(f"Origin: expected this server's page, found {shown(origin)}; see --cors")
-        is_open = path in self._opened or (path.startswith(PAGE) and ".." not in path.split("/"))
+        is_open = path in self._opened or (path.startswith(PAGE_FILES) and ".." not in path.split("/"))
         if is_open or not self._keys:
             return None
         patterns = self._adapters_of(headers.getlist("authorization"))

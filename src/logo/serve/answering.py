@@ -17,7 +17,7 @@ from logo.api.names import MixtureRequest
 from logo.core import Prompt
 from logo.errors import Unsure
 from logo.serve.answers import Call, Chunk, choice, event, head, mixtures, usage
-from logo.serve.batching import Job
+from logo.serve.batching import AnswerJob
 from logo.serve.metrics import Metrics
 from logo.serve.packed import HeldMixture
 from logo.serve.service import Service
@@ -168,11 +168,11 @@ class Answering:
         return failed(limit, "timeout", 504)
 
 
-def _jobs(call: Call) -> list[Job]:
+def _jobs(call: Call) -> list[AnswerJob]:
     """The answers of a call: of each prompt as many as it asks for, of which each has the next seed."""
     jobs = []
     for prompt, mixture in zip(call.prompts, call.mixtures, strict=True):
         for number in range(call.body.n):
             seed = None if call.sampling.seed is None else call.sampling.seed + number
-            jobs.append(Job(prompt.ids, mixture, replace(call.sampling, seed=seed)))
+            jobs.append(AnswerJob(prompt.ids, mixture, replace(call.sampling, seed=seed)))
     return jobs

@@ -25,14 +25,14 @@ from starlette.types import Receive, Scope, Send
 
 from logo.api import bodies
 from logo.api.errors import ApiError, bad_request, model_not_found, not_found, plain, shown, shown_line
-from logo.api.guards import PAGE, response
+from logo.api.guards import PAGE_FILES, response
 from logo.api.names import AUTO, Models
 from logo.api.replies import Role, adapter_list, model_card
 from logo.errors import AdapterError, LoGoError, closest
 from logo.serve.answering import Answering
 from logo.serve.answers import Call
 from logo.serve.metrics import Metrics
-from logo.serve.reading import Reading, beside_the_loop
+from logo.serve.reading import PromptReader, beside_the_loop
 from logo.serve.sampling import Sampling
 from logo.serve.service import Service
 
@@ -68,7 +68,7 @@ def create_app(service: Service, settings: AppSettings) -> Starlette:
     api = _Api(service, settings)
     routes: list[Mount | Route] = [
         Route("/", api.page),
-        Mount(PAGE.rstrip("/"), StaticFiles(directory=_FILES)),
+        Mount(PAGE_FILES.rstrip("/"), StaticFiles(directory=_FILES)),
         Route("/v1/completions", api.posted(bodies.CompletionRequest, api.text), methods=["POST"]),
         Route("/v1/chat/completions", api.posted(bodies.ChatRequest, api.text), methods=["POST"]),
         Route("/v1/logo/select", api.posted(bodies.SelectRequest, api.select), methods=["POST"]),
@@ -95,7 +95,7 @@ class _Api:
         self.service = service
         self.settings = settings
         self.metrics = Metrics(service)
-        self.reading = Reading(service)
+        self.reader = PromptReader(service)
         self.answering = Answering(service, self.metrics, settings.request_timeout, settings.log_prompts)
         self._created = int(time.time())
 
@@ -133,12 +133,12 @@ class _Api:
         with ExitStack() as held:
             if isinstance(body, bodies.ChatRequest):
                 held.enter_context(self.service.admitted(body.n))
-                prompts = await self.reading.conversation(body, size)
+                prompts = await self.reader.conversation(body, size)
             else:
                 held.enter_context(self.service.admitted(len(body.prompts) * body.n))
-                prompts = await self.reading.texts(body.prompts, size)
+                prompts = await self.reader.texts(body.prompts, size)
             logged["prompt_tokens"] = sum(map(len, prompts))
-            most_tokens = self.reading.most_tokens(body, prompts)
+            most_tokens = self.reader.most_tokens(body, prompts)
             sampling = Sampling(most_tokens, body.temperature, body.top_p, body.seed)
             chosen = await self.answering.choose(prompts, mixture_request, began, logged)
             for mixture in chosen:
@@ -163,10 +163,10 @@ class _Api:
         size = len(await request.body())
         with self.service.admitted():
             if body.prompt is None:
-                prompts = await self.reading.conversation(body, size)
+                prompts = await self.reader.conversation(body, size)
             else:
-                prompts = await self.reading.texts([body.prompt], size)
-            self.reading.most_tokens(body, prompts)  # raises where no answer would fit
+                prompts = await self.reader.texts([body.prompt], size)
+            self.reader.most_tokens(body, prompts)  # raises where no answer would fit
             [mixture] = await self.answering.choose(
                 prompts, mixture_request, began, getattr(request.state, "logged", {})
             )

@@ -43,11 +43,11 @@ _log = logging.getLogger("logo.serve")
 
 
 # An answer, its new token ids, and why it ended; None until it does.
-News = tuple["Job", tuple[int, ...], FinishReason | None]
+News = tuple["AnswerJob", tuple[int, ...], FinishReason | None]
 
 
 @dataclass(eq=False)
-class Job:
+class AnswerJob:
     """One answer: token ids of its prompt, its mixture and sampling; how far it is, which the loop alone changes; and
     what its caller says."""
 
@@ -120,16 +120,16 @@ class Batching:
         self.context = kv_tokens if context is None else min(context, kv_tokens)
         self.schedule = Schedule(memory.concurrent, kv_tokens, memory.step_tokens)
         # The rows of a step, and the gates of the model.
-        self._active: list[Job] = []  # the job of each row
+        self._active: list[AnswerJob] = []  # the job of each row
         self._rows = BatchedCache(one_token, kv_tokens)
         self._packed = Packed(adapters)
-        self._gated: Sequence[Job] | None = None  # the rows whose gates are set
+        self._gated: Sequence[AnswerJob] | None = None  # the rows whose gates are set
         # What other threads tell the one that generates.
-        self._waiting: list[Job] = []  # replaced or extended under the lock of the turns
+        self._waiting: list[AnswerJob] = []  # replaced or extended under the lock of the turns
         self._turns = Turns(lambda: bool(self._waiting or self._active))
         self._thread: threading.Thread | None = None
         # What it tells callers.
-        self._news: list[Job] = []  # whose callers have not heard yet ...
+        self._news: list[AnswerJob] = []  # whose callers have not heard yet ...
         self._loop: asyncio.AbstractEventLoop | None = None  # ... and where they are
 
     def _read_one_token(self) -> DynamicCache:
@@ -181,7 +181,7 @@ class Batching:
         """How many tokens' keys and values are in use, padding included, and how many have room."""
         return self.running * self._rows.columns, self.schedule.kv_tokens
 
-    async def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[News, None]:
+    async def generate(self, jobs: Sequence[AnswerJob], deadline: float | None = None) -> AsyncGenerator[News, None]:
         """Yields the tokens of answers as they come. A job that is set `left` ends; leaving the loop ends all of them.
 
         Raises TimeoutError after the deadline, on the event loop's clock; NotReady; what a step of an answer raised.
@@ -268,7 +268,7 @@ class Batching:
         with self._turns.lock:  # callers add jobs
             self._waiting = [job for job in self._waiting if not (job.begun or job.ended or job.left)]
 
-    def _in_halves(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], int]) -> int:
+    def _in_halves(self, jobs: Sequence[AnswerJob], work: Callable[[Sequence[AnswerJob]], int]) -> int:
         """The number of tokens that `work` reads of these jobs. After an error they are taken in halves, so that only a
         job that fails alone ends: the server has to go on after any error."""
         try:
@@ -281,7 +281,7 @@ class Batching:
         half = len(jobs) // 2
         return self._in_halves(jobs[:half], work) + self._in_halves(jobs[half:], work)
 
-    def _prefill(self, most: int, jobs: Sequence[Job]) -> int:
+    def _prefill(self, most: int, jobs: Sequence[AnswerJob]) -> int:
         """Reads prompts to the end, where they become rows, or so many tokens of one."""
         cache = jobs[0].cache or self._cached_prefix(jobs[0])
         start = cache.get_seq_length()
@@ -301,13 +301,13 @@ class Batching:
         self._give_rows(jobs, cache)
         return width * len(jobs)
 
-    def _cached_prefix(self, job: Job) -> DynamicCache:
+    def _cached_prefix(self, job: AnswerJob) -> DynamicCache:
         """What is cached of a prompt, up to where adapters begin to act."""
         pages = [] if self._prefix_cache is None else self._prefix_cache.find(job.prompt, job.held.end)
         count = sum(page.tokens for page in pages)
         return laid_out([pages], [count]) if count else DynamicCache()
 
-    def _give_rows(self, jobs: Sequence[Job], cache: DynamicCache) -> None:
+    def _give_rows(self, jobs: Sequence[AnswerJob], cache: DynamicCache) -> None:
         """Puts prompts that are read into rows: first those of ended answers, then new ones."""
         ended = [row for row, job in enumerate(self._active) if job.ended]
         rows = ended[: len(jobs)]
@@ -319,7 +319,7 @@ class Batching:
             job.cache = None
             job.begun = True
 
-    def _decode(self, jobs: Sequence[Job]) -> int:
+    def _decode(self, jobs: Sequence[AnswerJob]) -> int:
         """Gives each of these rows, which follow one another, its next token."""
         self._rows.make_room()
         if self._gated != jobs:
@@ -345,7 +345,7 @@ class Batching:
                 self._take(job, token)
         return len(jobs)
 
-    def _take(self, job: Job, token: int) -> None:
+    def _take(self, job: AnswerJob, token: int) -> None:
         """Adds a token to an answer, which may end with it."""
         job.tokens.append(token)  # a reason comes later, so that no caller sees it without its token
         if token in self._ends or any(rule(job.tokens) for rule in self._rules):
@@ -375,7 +375,7 @@ class Batching:
             with suppress(RuntimeError):  # it has ended, and nobody listens
                 self._loop.call_soon_threadsafe(lambda: list(map(asyncio.Event.set, events)))
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _fail(self, job: AnswerJob, error: Exception) -> None:
         """Ends an answer that cannot be generated."""
         _log.warning("an answer cannot be generated: %s", type(error).__name__, exc_info=error)
         traceback.clear_frames(error.__traceback__)

@@ -1,5 +1,5 @@
-"""`Reading`: the prompts of requests as token ids, and how long their answers may be. What takes long, runs in a thread
-beside the event loop."""
+"""`PromptReader`: the prompts of requests as token ids, and how long their answers may be. What takes long, runs in a
+thread beside the event loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def beside_the_loop(size: int, work: Callable[[], _T]) -> _T:
     return await asyncio.to_thread(work) if size > _LONG else work()
 
 
-class Reading:
+class PromptReader:
     """Reads the prompts of one server's requests."""
 
     def __init__(self, service: Service) -> None:

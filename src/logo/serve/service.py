@@ -31,7 +31,7 @@ from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.mixer import Mixture
 from logo.selection.selector import checked_name, forced
-from logo.serve.batching import Batching, Job, News
+from logo.serve.batching import AnswerJob, Batching, News
 from logo.serve.loading import Loading
 from logo.serve.memory import Memory
 from logo.serve.packed import HeldMixture
@@ -143,7 +143,7 @@ class Service:
         """See `Loading.load`."""
         return await self.loading.load(mixtures)
 
-    def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[News, None]:
+    def generate(self, jobs: Sequence[AnswerJob], deadline: float | None = None) -> AsyncGenerator[News, None]:
         """See `Batching.generate`."""
         return self.batching.generate(jobs, deadline)
 
