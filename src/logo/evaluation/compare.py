@@ -136,7 +136,7 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-Run = Mapping[str, "pandas.DataFrame"]  # the rows of each dataset
+RowsByDataset = Mapping[str, "pandas.DataFrame"]  # of one run
 
 
 def compare(table: pandas.DataFrame, *, seed: int = 0, strict: bool = True) -> Comparison:
@@ -177,8 +177,8 @@ class _Pair:
 
     a: str
     b: str
-    run_a: Run
-    run_b: Run
+    run_a: RowsByDataset
+    run_b: RowsByDataset
 
     @cached_property
     def common(self) -> list[str]:

@@ -148,10 +148,10 @@ class Measurer:
         for trial in self._trials(task):
             for label in self._labels(trial.protocol, row):
                 select = self._selecting(label, trial)
-                began = time.perf_counter()
                 with cuts_told_by_row():
+                    began = time.perf_counter()
                     selection = select(row.prompt)
-                seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - began
+                    seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - began
                 arms.append(_arm(label, trial, selection))
         if row.completion:
             with cuts_told_by_row():
