@@ -31,7 +31,7 @@ from logo.decoding import call_config
 from logo.demo import heldout
 from logo.errors import NotFinite
 from logo.mixing.merge import mergeable
-from logo.models import check_mode, droppers, load_base, pick_device, resolve_base
+from logo.models import WeightWatch, check_mode, droppers, load_base, pick_device, resolve_base
 from logo.vllm.offline import _folder_of
 from test_engine import PROMPTS, engine, write_adapter
 from test_evaluate import DATA, F1, ROOT
@@ -259,6 +259,34 @@ def test_what_makes_a_model_random_is_found_wherever_it_is() -> None:
         with pytest.raises(UsageError, match="training mode"):
             check_mode(found)
         assert not droppers(cast(Any, tiny.model("llama")))
+
+
+def test_every_change_of_weights_is_noticed_once() -> None:
+    model = cast(Any, tiny.model("llama"))
+    watch = WeightWatch(model)
+    weight = model.get_submodule("model.layers.1.mlp.down_proj").weight
+
+    def scale() -> None:
+        with torch.no_grad():
+            weight[0, 0] *= 2
+
+    changes: list[Callable[[], object]] = [
+        scale,
+        lambda: model.load_state_dict(model.state_dict()),
+        lambda: model.load_state_dict({name: one.clone() for name, one in model.state_dict().items()}, assign=True),
+        lambda: model.to(torch.bfloat16),
+        lambda: nn.utils.parametrizations.weight_norm(model.lm_head),
+    ]
+    for change in changes:
+        before = watch.stamp()
+        assert watch.stamp() == before
+        change()
+        assert watch.stamp() != before
+    model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert watch.stamp() == watch.stamp()
+    with torch.inference_mode():
+        uncounted = WeightWatch(tiny.model("llama"))
+    assert uncounted.stamp() == uncounted.stamp()
 
 
 def test_a_loaded_model_is_no_name(llama: nn.Module) -> None:

@@ -426,8 +426,8 @@ class AnsweringEngine(ABC):
         with self._call() as state:
             call = self.settings.options(state.fitted, options)
             row, gold = encoded(self.prompts, prompt, completion)
-            given = for_each(mixtures, len(mixtures), state.fitted, call.candidates)
-            selections = self._mixtures(state, [row] * len(mixtures), given, call, 1)
+            fixed = for_each(mixtures, len(mixtures), state.fitted, call.candidates)
+            selections = self._mixtures(state, [row] * len(mixtures), fixed, call, 1)
             pairs = [(row.ids, gold)] * len(mixtures)
             weights = [selection.mixture for selection in selections]
             return self._scored(state.fitted, pairs, weights, max(1, len(mixtures)))
@@ -498,12 +498,12 @@ class AnsweringEngine(ABC):
         self,
         state: EngineState,
         rows: Sequence[Prompt],
-        given: Sequence[Selection | None],
+        fixed: Sequence[Selection | None],
         call: Options,
         batch_size: int,
     ) -> list[Selection]:
-        """The mixture of each row: the given one, or a selection. Raises the first error that scores give."""
-        mixtures = dict(enumerate(given))
+        """The mixture of each row: a fixed one, or a selection. Raises the first error that scores give."""
+        mixtures = dict(enumerate(fixed))
         left = [i for i, mixture in mixtures.items() if mixture is None]
         outcomes = self._outcomes(state, [rows[i] for i in left], [call] * len(left), batch_size)
         for i, outcome in zip(left, outcomes, strict=True):

@@ -107,10 +107,10 @@ def _opened_elsewhere(
     """An engine that runs the model in another way; options that it does not have are refused there by name."""
     shared = ("model_dir", "revision", "token", "truncation", "on_bad_adapter")
     options = loading | local
-    given: dict[str, Any] = {name: options.pop(name) for name in shared}
-    given["dtype"] = options.pop("dtype", "auto")
-    given["model_kwargs"] = options.pop("model_kwargs", None) or {}
-    others = {name: value for name, value in options.items() if value not in (None, "auto")}
-    place = pool if pool is None or isinstance(pool, AdapterPool) else spec_of(parse_sources(pool))
+    arguments: dict[str, Any] = {name: options.pop(name) for name in shared}
+    arguments["dtype"] = options.pop("dtype", "auto")
+    arguments["model_kwargs"] = options.pop("model_kwargs", None) or {}
+    arguments["others"] = {name: value for name, value in options.items() if value not in (None, "auto")}
+    source = pool if pool is None or isinstance(pool, AdapterPool) else spec_of(parse_sources(pool))
     open_engine = importlib.import_module(ENGINES[engine]).open_engine
-    return open_engine(base_model, place, settings=settings, others=others, **given)
+    return open_engine(base_model, source, settings=settings, **arguments)
