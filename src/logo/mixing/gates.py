@@ -32,7 +32,7 @@ class Gates:
         self._weights = weights
         self._per_token = per_token
         # The gate, shaped to multiply a response, and where it is 0 (None: nowhere), by owner, shape, device and dtype.
-        self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._gates: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
         """`g ⊙ (A x)` of one module, for `A x` (..., R).
@@ -44,7 +44,7 @@ class Gates:
         """
         # Modules that the same adapters touch share one owner, and so one gate.
         key = (id(stack.owner), response.shape[:-1], response.device, response.dtype)
-        if key not in self._made:
+        if key not in self._gates:
             lead = response.shape[:-1]
             rows = len(self._weights)
             count = lead.numel() if self._per_token else lead[0]
@@ -59,8 +59,8 @@ class Gates:
                 gate = gate.repeat_interleave(count // rows, dim=0)
             if rows != 1:  # a single row serves any shape
                 gate = gate.view(*(lead if self._per_token else (count, *[1] * (len(lead) - 1))), len(stack.owner))
-            self._made[key] = (stack.owner, gate, None if bool(weights.all()) else gate == 0)
-        _, gate, closed = self._made[key]
+            self._gates[key] = (stack.owner, gate, None if bool(weights.all()) else gate == 0)
+        _, gate, closed = self._gates[key]
         product = response * gate
         return product if closed is None else product.masked_fill_(closed, 0)
 
@@ -81,7 +81,7 @@ class OpeningGates:
         self._count = 0  # columns that were read up to now
         self._columns: Tensor | None = None  # of the current forward pass; None: all gates are open
         self._at_head: Tensor | None = None  # those of them that the output head gets, if they are not the last ones
-        self._made: dict[int, Gates] = {}  # of the current pass, by the number of tokens
+        self._gates: dict[int, Gates] = {}  # of the current pass, by the number of tokens
 
     def follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Takes note of the columns that a forward pass of the model is about to read."""
@@ -99,7 +99,7 @@ class OpeningGates:
         self._columns = None if seen >= int(self._begins.max()) else torch.arange(seen, self._count)
         at_head = kwargs.get("logits_to_keep")
         self._at_head = seen + at_head.cpu() if isinstance(at_head, Tensor) else None
-        self._made.clear()
+        self._gates.clear()
 
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
         """As `Gates.applied`, for all tokens of the pass or for those columns of each row that an output head gets."""
@@ -111,14 +111,14 @@ class OpeningGates:
         count = tokens // self._batch  # of each row
         if self._batch % rows or tokens % self._batch or count > width:
             raise ValueError(f"gates for {rows} rows of {width} tokens cannot serve {tokens} tokens")
-        if tokens not in self._made:
+        if tokens not in self._gates:
             columns = self._columns[width - count :]
             if self._at_head is not None and count < width:
                 columns = self._at_head
             gates = torch.where(columns[:, None] >= self._begins[:, None], self._weights[:, None], 0.0)
             gates = gates.repeat_interleave(self._batch // rows, dim=0)  # (batch, columns, n)
-            self._made[tokens] = Gates(gates.flatten(0, 1), per_token=True)
-        return self._made[tokens].applied(stack, response)
+            self._gates[tokens] = Gates(gates.flatten(0, 1), per_token=True)
+        return self._gates[tokens].applied(stack, response)
 
 
 @contextmanager
