@@ -649,6 +649,20 @@ def test_example_prompts_of_another_adapter_do_not_become_those_of_a_new_one(
     assert read_examples(folder / f"{FILES[2]}.old") == ["a prompt of a"]
 
 
+@pytest.mark.filterwarnings("always")
+def test_example_prompts_that_were_given_by_hand_stay_and_that_is_said_if_rows_are_others(
+    copied: Path, given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_examples(copied / "b", ["mine"])
+    tasks = shutil.copytree(given[1], tmp_path / "tasks")
+    write_rows(tasks / "b.jsonl", rows(12, 77))
+    assert run([*command(given[0], tasks, copied), "--tasks", "b", "--overwrite"]) == 0
+    assert f"{copied / 'b'}: the example prompts there stay, as they were given by hand" in capsys.readouterr().err
+    assert read_examples(copied / "b" / FILES[2]) == ["mine"]
+    assert run([*command(given[0], tasks, copied), "--tasks", "b", "--overwrite", "--steps", "3"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_list_at_the_end_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With exit code 1, also when the same command finds everything done that can be."""
     tasks, pool = tmp_path / "tasks", tmp_path / "pool"

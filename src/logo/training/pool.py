@@ -231,7 +231,10 @@ def _standing(folder: Path) -> Record | None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise StorageError(f"{folder / RECORD}: cannot be read ({reason}); remove it, and give --overwrite") from error
-    return record if isinstance(record, dict) and {"config", "base", "rows"} <= record.keys() else {}
+    match record:
+        case {"config": dict(), "base": dict(), "rows": {"file": str(), "sha256": str()}}:
+            return dict(record)
+    return {}
 
 
 def _difference(standing: Record, made_from: Record) -> str:
@@ -267,12 +270,21 @@ def _write(job: Job, base_model: str, fitted: Fitted, record: Record) -> None:
         _write_notes(new, record, () if job.prompts_stay else task.prompts)
         if job.own_prompts and not job.prompts_stay:
             shutil.copyfile(folder / EXAMPLES, new / EARLIER_PROMPTS)
-            warnings.warn(
-                f"{folder}: the example prompts there were those of the adapter that is replaced; they are kept in "
-                f"{EARLIER_PROMPTS}, which is not used",
-                UserWarning,
-                stacklevel=3,
-            )
+    if job.own_prompts:
+        _tell_of_prompts(job)
+
+
+def _tell_of_prompts(job: Job) -> None:
+    """Warns of example prompts that training has not written and that may be those of another adapter."""
+    if not job.prompts_stay:
+        remark = f"were those of the adapter that is replaced; they are kept in {EARLIER_PROMPTS}, which is not used"
+    elif job.standing and job.standing["rows"]["sha256"] != job.made_from["rows"]["sha256"]:
+        remark = (
+            f"stay, as they were given by hand, though the rows are others; remove {EXAMPLES} if they are wrong now"
+        )
+    else:
+        return
+    warnings.warn(f"{job.folder}: the example prompts there {remark}", UserWarning, stacklevel=4)
 
 
 def _write_notes(folder: Path, record: Record, prompts: Sequence[str]) -> None:
