@@ -269,6 +269,8 @@ UNANSWERABLE = [
     ("completions", {"prompt": [10**9]}, 400, "prompt", "token"),
     ("completions", {"prompt": None}, 400, "prompt", "prompt"),
     ("chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role", "role"),
+    ("logo/select", {"prompt": "word " * 5000}, 400, "prompt", "context"),
+    ("logo/select", {"prompt": "x", "max_tokens": 5000}, 400, "max_tokens", "context"),
     ("logo/select", {"prompt": None}, 400, None, "expected either 'prompt' or 'messages'"),
 ]
 

@@ -193,6 +193,15 @@ class SelectRequest(ModelRequest):
         return self
 
 
+def asked_tokens(body: SelectRequest | CompletionRequest | ChatRequest) -> tuple[int, str] | None:
+    """The most tokens of an answer that a request asks for, and the field that does; None: it leaves that open."""
+    for name in ("max_completion_tokens", "max_tokens"):  # the newer name counts, if both are given
+        tokens = getattr(body, name)
+        if tokens is not None:
+            return tokens, name
+    return None
+
+
 class UnloadAdapter(Body):
     """Body of `POST /v1/unload_lora_adapter`."""
 

@@ -76,17 +76,9 @@ class PromptReader:
         room for. ApiError: they do not fit behind the longest prompt."""
         context = self._batching.context
         longest = max(map(len, prompts))
-        if isinstance(body, bodies.CompletionRequest) or body.messages is None:
-            blamed = "prompt"
-            usual = _COMPLETION
-        else:
-            blamed = "messages"
-            usual = MAX_NEW_TOKENS
-        tokens = max(1, min(usual, context - longest))
-        for name in ("max_tokens", "max_completion_tokens"):
-            if getattr(body, name) is not None:
-                blamed = name
-                tokens = getattr(body, name)
+        is_chat = not isinstance(body, bodies.CompletionRequest) and body.messages is not None
+        usual = min(MAX_NEW_TOKENS if is_chat else _COMPLETION, context - longest)
+        tokens, blamed = bodies.asked_tokens(body) or (max(1, usual), "messages" if is_chat else "prompt")
         if longest + tokens > context:
             is_memory = context == self._batching.kv_tokens[1]
             holder = "the memory for keys and values (--kv-cache-gb)" if is_memory else "this model's context"

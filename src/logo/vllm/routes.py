@@ -26,7 +26,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 
 from logo.api import bodies
-from logo.api.errors import ApiError, bad_request, not_found, shown
+from logo.api.errors import ApiError, bad_request, not_found, shown, too_long
 from logo.api.guards import Admission, GuardSettings, response
 from logo.api.names import AUTO
 from logo.api.replies import adapter_list, model_card
@@ -193,6 +193,10 @@ async def _select(request: bodies.SelectRequest, raw_request: Request) -> Respon
         whole = await conversation.whole()
     else:
         row = whole = await _select_prompt(state, request.prompt)
+    context = state.engine_client.model_config.max_model_len
+    tokens, blamed = bodies.asked_tokens(request) or (1, "messages" if request.prompt is None else "prompt")
+    if len(whole.ids) + tokens > context:
+        raise too_long(context, len(whole.ids), tokens, blamed)
 
     async def rows() -> list[Prompt]:
         return [row]
