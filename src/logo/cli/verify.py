@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,7 @@ def verify(
         wrong += [f"not in the pool: {name}" for name in sorted(served.adapters.difference(logo.names))]
         requests = REQUESTS[:: max(1, len(REQUESTS) // limit)][:limit]
         prompts_of = _prompts(logo, [name for name in logo.names if name in served.adapters], limit, requests)
-        prompts = list(dict.fromkeys(prompt for prompts in prompts_of.values() for prompt in prompts))
+        prompts = list(dict.fromkeys(itertools.chain.from_iterable(prompts_of.values())))
         if not prompts:
             prompts = logo.prompts.read(requests, TOKENS)
         check = Check(server, logo, served.base_model, workers, server.has_logprobs(served.base_model))
