@@ -154,6 +154,7 @@ def test_replicas_on_other_machines_get_what_this_process_was_given(monkeypatch:
         ("LOGO_POOL=mine", "LOGO_POOL is set, and logo serve sets it anew"),
         ("VLLM_USE_RUST_FRONTEND=true", "VLLM_USE_RUST_FRONTEND is set: vLLM's Rust frontend does not load"),
         ("VLLM_LORA_ENABLE_DUAL_STREAM=true", "VLLM_LORA_ENABLE_DUAL_STREAM is set: it hides layers"),
+        ("VLLM_RAISE_ON_LOGIT_NANS=1", "VLLM_RAISE_ON_LOGIT_NANS is set: one adapter that overflows would end the"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(
