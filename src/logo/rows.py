@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.errors import DataError, LoGoError, StorageError, UsageError
+from logo.errors import DataError, LoGoError, StorageError, UsageError, listed
 from logo.files import walked
 from logo.prompts import checked_turns, plain
 
@@ -99,6 +99,17 @@ def passed_over(root: Path) -> dict[Path, list[Path]]:
         if files:
             skipped[mark] = files
     return skipped
+
+
+def why_passed_over(root: Path, skipped: Mapping[Path, Sequence[Path]]) -> str:
+    """In words, the files that are `passed_over`, and the file beside them that marks a result or an adapter."""
+    reasons = []
+    for mark, files in skipped.items():
+        names = listed([file.relative_to(root).as_posix() for file in files], 5)
+        beside = f"{mark.relative_to(root).as_posix()} beside {'it' if len(files) == 1 else 'them'}"
+        held = "a result" if mark.name == "run.json" else "an adapter"
+        reasons.append(f"{names} not read: {beside} says that the folder holds {held}")
+    return f"{'; '.join(reasons)}; keep rows in a folder of their own"
 
 
 def _shown_files(root: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from logo.errors import DataError, StorageError, UsageError, closest, listed
 from logo.evaluation.metrics import OFFICIAL_KINDS, Kind, checked_kind, metric_kind
-from logo.rows import Row, passed_over, read_rows, requested, row_files, unread
+from logo.rows import Row, passed_over, read_rows, requested, row_files, unread, why_passed_over
 
 OFFICIAL: tuple[str, ...] = (
     "bbh.boolean_expressions", "bbh.causal_judgement", "bbh.formal_fallacies", "bbh.navigate", "bbh.object_counting",
@@ -120,7 +120,7 @@ def find_datasets(
     def unknown(name: str) -> DataError:
         for mark, skipped in passed_over(root).items():
             if root / f"{name}.jsonl" in skipped:
-                return DataError(f"dataset {name!r}: {_why_skipped(root, {mark: skipped})}")
+                return DataError(f"dataset {name!r}: {why_passed_over(root, {mark: skipped})}")
         there = f"there are {listed([*files], 5)}; `logo data prepare` fetches official ones"
         return DataError(f"dataset {name!r}: not in {root}{closest(name, files)}; {there}")
 
@@ -167,7 +167,7 @@ def _warn_of_unread(
         return
     skipped = {} if official_layout else passed_over(root)
     if skipped:
-        warnings.warn(f"{root}: {_why_skipped(root, skipped)}", UserWarning, stacklevel=3)
+        warnings.warn(f"{root}: {why_passed_over(root, skipped)}", UserWarning, stacklevel=3)
     read = {path.parent if official_layout else path for path in files.values()}
     if train_rows is not None:
         read.add(Path(train_rows))
@@ -177,17 +177,6 @@ def _warn_of_unread(
         warnings.warn(
             f"{root}: {listed(elsewhere)} not read: here rows are in files {where}", UserWarning, stacklevel=3
         )
-
-
-def _why_skipped(root: Path, skipped: Mapping[Path, Sequence[Path]]) -> str:
-    """In words, the files of rows that are passed over, by the file beside them that marks a result or an adapter."""
-    reasons = []
-    for mark, files in skipped.items():
-        names = listed([file.relative_to(root).as_posix() for file in files], 5)
-        beside = f"{mark.relative_to(root).as_posix()} beside {'it' if len(files) == 1 else 'them'}"
-        held = "a result" if mark.name == "run.json" else "an adapter"
-        reasons.append(f"{names} not read: {beside} says that the folder holds {held}")
-    return f"{'; '.join(reasons)}; keep rows in a folder of their own"
 
 
 # -- metrics that the user names ---------------------------------------------------------------------------------------
@@ -258,7 +247,7 @@ def dataset_files(root: Path) -> tuple[dict[str, Path], bool]:
         expected = 'expected NAME.jsonl or {main}/{sub}/test.jsonl with lines {"context": ..., "completion": ...}'
         skipped = passed_over(root)
         if skipped:
-            raise DataError(f"{str(root)!r}: {expected}, found none: {_why_skipped(root, skipped)}")
+            raise DataError(f"{str(root)!r}: {expected}, found none: {why_passed_over(root, skipped)}")
         raise DataError(
             f"{str(root)!r}: {expected}, found {_content(root)}; `logo data prepare` writes those of the paper"
         )

@@ -20,7 +20,7 @@ from logo.adapters.activation import Activation, last_occurrence
 from logo.errors import DataError, LoGoError, StorageError, UsageError, closest, listed
 from logo.identity import fingerprint
 from logo.prompts import answer_ids, asked_text, chat, conversation_text, cut_left, text_ids, written_answer
-from logo.rows import Row, malformed, read_rows, requested, row_files, row_of, unread
+from logo.rows import Row, malformed, passed_over, read_rows, requested, row_files, row_of, unread, why_passed_over
 from logo.scoring import spaced
 from logo.training.config import ASSISTANT, TrainingConfig
 
@@ -118,6 +118,9 @@ def task_files(folder: Path, only: str = "") -> dict[str, Path]:
         first = files.setdefault(path.with_suffix("").as_posix(), file)
         if first != file:
             raise DataError(f"{first} and {file} are two files of one task; rename or merge them")
+    skipped = passed_over(folder)
+    if skipped and not only:
+        warnings.warn(f"{folder}: {why_passed_over(folder, skipped)}", UserWarning, stacklevel=2)
     if not files:
         names = listed(list(map(str, paths))) or "none"
         raise DataError(f"tasks folder {str(folder)!r}: expected files TASK.jsonl or TASK.csv, found {names}")
