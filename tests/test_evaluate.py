@@ -26,9 +26,10 @@ from logo.adapters.examples import write_examples
 from logo.cli.app import run
 from logo.cli.evaluate import show
 from logo.demo import adapters_dir, heldout
+from logo.evaluation.contest import ALWAYS, IN_POOL, OUT_OF_POOL, REMOVED
 from logo.evaluation.results import FILES, lines, read_run
 from logo.evaluation.statistics import auroc, calibration_error
-from logo.evaluation.study import ALWAYS, IN_POOL, OUT_OF_POOL, REMOVED, summary
+from logo.evaluation.study_summary import summary
 from logo.rows import read_rows
 from tolerances import PATIENCE, same_scores
 from warm import python

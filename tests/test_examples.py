@@ -20,8 +20,9 @@ from logo.adapters.sources import adapter_patterns
 from logo.cli.app import run
 from logo.cli.pool.publish import contents_of
 from logo.evaluation.answer import Answerer
+from logo.evaluation.contest import REMOVED, Contest
 from logo.evaluation.datasets import Dataset
-from logo.evaluation.study import REMOVED, Contest, Measurer
+from logo.evaluation.study import Measurer
 from logo.rows import Row
 from logo.selection import scorer
 from logo.selection.examples import GAIN, REPLACED, Examples, means_of

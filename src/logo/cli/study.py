@@ -30,8 +30,8 @@ from logo.cli.prompts import or_demo
 from logo.errors import UsageError, listed
 
 if TYPE_CHECKING:
+    from logo.evaluation.contest import Contest
     from logo.evaluation.datasets import Dataset
-    from logo.evaluation.study import Contest
 
 ROWS = Group("Rows and results", sort_key=2)
 COLUMNS = {
@@ -116,7 +116,7 @@ class ContestOptions:
     def contest(self) -> Contest:
         """The contest; raises UsageError for a signal, method, option or protocol that does not exist."""
         from logo.baselines import get_methods
-        from logo.evaluation.study import ALWAYS, Contest
+        from logo.evaluation.contest import ALWAYS, Contest
         from logo.selection.signals import get_signal
 
         names = [name for name in parts(self.methods) if name not in ALWAYS]
@@ -205,7 +205,7 @@ def parts(text: str) -> list[str]:
 
 def _show(report: Mapping[str, Any]) -> None:
     """A table for each protocol, what a selection costs, the confidence of each signal, and what is confused most."""
-    from logo.evaluation.study import ALWAYS
+    from logo.evaluation.contest import ALWAYS
 
     for protocol, arms in report["protocols"].items():
         metrics = [name for name in COLUMNS if any(name in numbers for numbers in arms.values())]
