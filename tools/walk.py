@@ -1,7 +1,8 @@
 """Counts the functions of LoGo that one warm call enters, and the files that they are in.
 
     python tools/walk.py                 # `LoGo.generate` of one prompt on the bundled model
-    python tools/walk.py --evaluate      # an evaluation of four rows, with the opening of the model and its pool
+    python tools/walk.py --rows          # an evaluation of four rows by an open engine
+    python tools/walk.py --evaluate      # the same by `logo evaluate`, with the opening of the model and its pool
     python tools/walk.py --list          # and names them, in the order in which they are entered first
 
 A call should be short enough to be followed by reading: tests/test_walk.py holds the numbers.
@@ -57,12 +58,32 @@ def generate() -> Callable[[], object]:
     return lambda: engine.generate(PROMPT, max_new_tokens=8)
 
 
-def evaluate(folder: Path) -> Callable[[], object]:
-    """A warm evaluation of four rows, as `main.py` calls it, with results below a folder."""
-    from logo.cli import evaluate as command
+def evaluate_rows(folder: Path) -> Callable[[], object]:
+    """Four rows of a dataset, answered, judged and written below a folder by an engine that is open and warm."""
+    from logo.evaluation.answer import Opening
+    from logo.evaluation.datasets import find_datasets
+    from logo.evaluation.run import Run, answer_datasets, in_this_process
+
+    datasets = find_datasets(assets_dir() / "heldout", "antonym", limit=4)
+    answerer = Opening("demo", None, {"signal": "calibrated", "device": "cpu"}, max_new_tokens=8)()
 
     def evaluated(name: str) -> None:
-        options = command.OfficialOptions(
+        run = Run(folder / name, answerer.facts, in_this_process(answerer), batch_size=4)
+        [done] = answer_datasets(datasets, run)
+        if done.skipped:
+            raise RuntimeError("nothing was evaluated")
+
+    evaluated("cold")
+    return lambda: evaluated("warm")
+
+
+def evaluate(folder: Path) -> Callable[[], object]:
+    """`logo evaluate` of four rows, which opens the model and its pool again, with results below a folder."""
+    from logo.cli.evaluate import OfficialOptions
+    from logo.cli.evaluate import evaluate as command
+
+    def evaluated(name: str) -> None:
+        options = OfficialOptions(
             dataset="antonym",
             data_dir=str(assets_dir() / "heldout"),
             limit=4,
@@ -71,8 +92,7 @@ def evaluate(folder: Path) -> Callable[[], object]:
             max_new_tokens=8,
             result_dir=str(folder / name),
         )
-        code = command.evaluate(options=options)
-        if code != 0:
+        if command(options=options) != 0:
             raise RuntimeError("the evaluation failed")
 
     evaluated("cold")
@@ -82,11 +102,18 @@ def evaluate(folder: Path) -> Callable[[], object]:
 def main() -> None:
     """Prints the count of a warm call."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--evaluate", action="store_true", help="a whole evaluation of four rows")
+    call = parser.add_mutually_exclusive_group()
+    call.add_argument("--rows", action="store_true", help="an evaluation of four rows by an open engine")
+    call.add_argument("--evaluate", action="store_true", help="a whole `logo evaluate` of four rows")
     parser.add_argument("--list", action="store_true", help="name the functions")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        functions = walked(evaluate(Path(folder)) if options.evaluate else generate())
+        if options.rows:
+            functions = walked(evaluate_rows(Path(folder)))
+        elif options.evaluate:
+            functions = walked(evaluate(Path(folder)))
+        else:
+            functions = walked(generate())
     if options.list:
         for file, name in functions:
             print(f"{file}: {name}")
