@@ -154,6 +154,33 @@ def test_a_stream_that_is_left_is_ended_by_whoever_has_it(llama: nn.Module, adap
     assert answers == [logo.generate(PROMPTS[2], max_new_tokens=2)] or len(answers) == 1
 
 
+def test_a_stream_that_waits_for_another_one_can_be_closed(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters)
+    first, second = (logo.stream(PROMPTS[2], max_new_tokens=6, suppress_tokens=[1]) for _ in range(2))
+    go_on = threading.Event()
+    passes: list[None] = []
+
+    def wait_in_the_middle(*_: Any) -> None:
+        passes.append(None)
+        if len(passes) == 3:
+            assert go_on.wait(PATIENCE)
+
+    hook = llama.register_forward_pre_hook(wait_in_the_middle)
+    begun = next(first)
+    reader = threading.Thread(target=lambda: list(second))
+    reader.start()
+    try:
+        while sum(thread.name == "logo-stream" for thread in threading.enumerate()) < 2:
+            pass
+        second.close()
+        reader.join(PATIENCE)
+        assert not reader.is_alive() and not go_on.is_set()
+    finally:
+        go_on.set()
+        hook.remove()
+    assert begun + "".join(first) == logo.generate(PROMPTS[2], max_new_tokens=6, suppress_tokens=[1]).text
+
+
 ENDS = {"end": 0, "raise RuntimeError('mine')": 1, "sys.exit(3)": 3}
 
 

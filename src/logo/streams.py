@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_PATIENCE = 0.1  # seconds after which a stream that waits for the model looks whether its reader has left
+
+
 def _nothing() -> None:
     """Ends a stream that has nothing to end."""
 
@@ -94,18 +97,29 @@ class BackgroundAnswer:
         """Ends the generation, and waits for that, unless this thread holds the lock or is the one that generates."""
         self._left.noticed = True
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread() and not self._lock.held_here:
+        if thread is None or thread is threading.current_thread() or self._lock.held_here:
+            return
+        if thread.is_alive():  # if it is about to begin, it ends at once
             thread.join()
 
     def _work(self) -> None:
         try:
-            with self._lock.lock:
-                if not self._left.noticed:
+            if self._got_lock():
+                try:
                     self._generate(self._streamer, self._left)
+                finally:
+                    self._lock.lock.release()
         except BaseException as error:  # raised in the reader's thread
             self._failure = error
         finally:
             self._streamer.queue.put(None)
+
+    def _got_lock(self) -> bool:
+        """Takes the lock, unless the reader leaves before it is free, for which nobody waits then."""
+        while not self._left.noticed:
+            if self._lock.lock.acquire(timeout=_PATIENCE):
+                return True
+        return False
 
 
 class _ReaderLeft(StoppingCriteria):  # type: ignore[misc]
