@@ -95,21 +95,47 @@ def connected(layout: Layout) -> Iterator[dict[str, Any]]:
         MissingLibrary: Ray is not installed.
         ClusterError: no cluster answers, or it has no room.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports without the user's consent
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are too few on a busy machine
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")  # long; what follows is said
-    local = layout.address == LOCAL
-    if local:  # all of it listens on the loopback interface alone, as by default on other systems than Linux
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # they do this command's own work; by default others go first
+    is_local = layout.address == LOCAL
+    _set_variables(is_local)
     need("work in several processes", "ray")
     ray: Any = importlib.import_module("ray")
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    cpus = max(1, (os.cpu_count() or 1) // layout.count) if local else 1
+    cpus = max(1, (os.cpu_count() or 1) // layout.count) if is_local else 1  # more processes than cores share them
+    _connect(ray, layout, cpus)
     try:
-        if local:  # more processes than cores share them
-            here = {"include_dashboard": False, "object_store_memory": _STORE}
-            ray.init(address=LOCAL, num_cpus=cpus * layout.count, **here, **quiet)
+        gpus = _gpus_of_each(ray, layout)
+        variables = {"OMP_NUM_THREADS": str(cpus), **plugins.environment()}
+        yield {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": variables}}
+    finally:
+        ray.shutdown()
+
+
+def _set_variables(is_local: bool) -> None:
+    """Sets what Ray reads when it is imported, unless the user has."""
+    variables = {
+        "RAY_USAGE_STATS_ENABLED": "0",  # no reports without the user's consent
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 s are too few on a busy machine
+        "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",  # long; what follows is said
+    }
+    if is_local:
+        # All of it listens on the loopback interface alone, as by default on other systems than Linux.
+        variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        variables["RAY_worker_niceness"] = "0"  # they do this command's own work; by default others go first
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def _connect(ray: Any, layout: Layout, cpus: int) -> None:
+    """Starts Ray here, with so many CPUs for each process, or joins a cluster; ClusterError: none answers."""
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if layout.address == LOCAL:
+            ray.init(
+                address=LOCAL,
+                num_cpus=cpus * layout.count,
+                include_dashboard=False,
+                object_store_memory=_STORE,
+                **quiet,
+            )
         else:
             if layout.address != AUTO:
                 host, _, port = layout.address.rpartition(":")
@@ -121,13 +147,14 @@ def connected(layout: Layout) -> Iterator[dict[str, Any]]:
             f"Ray: {where} ({' '.join(str(error).split())[:200]}). Start one with `ray start --head`; if it asks for a "
             "token, set RAY_AUTH_MODE=token here and copy its ~/.ray/auth_token"
         ) from None
-    try:
-        there = ray.cluster_resources().get("GPU", 0.0)
-        gpus = float(there > 0) if layout.gpus is None else layout.gpus
-        count = layout.count if local else 1  # further machines may join a cluster, and further processes start then
-        if count * gpus > there + 1e-6:
-            raise ClusterError(f"no room for {count} processes with {gpus:g} GPUs each: there are {there:g} GPUs")
-        variables = {"OMP_NUM_THREADS": str(cpus), **plugins.environment()}
-        yield {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": variables}}
-    finally:
-        ray.shutdown()
+
+
+def _gpus_of_each(ray: Any, layout: Layout) -> float:
+    """The GPUs of each process; ClusterError: there is no room for them."""
+    gpus_there = ray.cluster_resources().get("GPU", 0.0)
+    gpus = float(gpus_there > 0) if layout.gpus is None else layout.gpus
+    # Further machines may join a cluster, and further processes start then.
+    count = layout.count if layout.address == LOCAL else 1
+    if count * gpus > gpus_there + 1e-6:
+        raise ClusterError(f"no room for {count} processes with {gpus:g} GPUs each: there are {gpus_there:g} GPUs")
+    return gpus

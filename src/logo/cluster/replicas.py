@@ -198,7 +198,7 @@ class Changes:
         self._plan = plan
         self._changed: dict[str, Change] = {}
         self._changing = asyncio.Lock()
-        self._withdrawn: list[str] = []  # lines that the command has not said yet
+        self._withdrawn: list[str] = []  # a line for each
         self._withdrawing: set[asyncio.Task[str | None]] = set()
 
     def reconfigure(self, config: Mapping[str, Changed]) -> None:
@@ -228,10 +228,8 @@ class Changes:
         return True
 
     def withdrawn(self) -> list[str]:
-        """A line for each change that was withdrawn since this was asked last."""
-        lines = self._withdrawn
-        self._withdrawn = []
-        return lines
+        """A line for each change that was withdrawn."""
+        return self._withdrawn
 
     async def _deploy(self) -> str | None:
         """Tells all replicas of the changes; why one of them could not make them, or None."""
@@ -260,14 +258,14 @@ def serving_replicas() -> int:
     """How many replicas take requests now."""
     from ray import serve
 
-    states = _replica_states(serve.status().applications.get(APPLICATION))
-    return states.get("RUNNING", 0) + states.get("UPDATING", 0)
+    return _serving(serve.status().applications.get(APPLICATION))
 
 
-def _replica_states(status: Any) -> Mapping[str, int]:
-    """State -> the number of replicas in it, by the status of the application."""
+def _serving(status: Any) -> int:
+    """How many replicas take requests, by the status of the application; those whose pool changes do so in a moment."""
     deployments = {} if status is None else status.deployments
-    return deployments["LoGo"].replica_states if "LoGo" in deployments else {}
+    states = deployments["LoGo"].replica_states if "LoGo" in deployments else {}
+    return int(states.get("RUNNING", 0) + states.get("UPDATING", 0))
 
 
 # -- the application --------------------------------------------------------------------------------------------------
@@ -365,12 +363,14 @@ def serve_replicas(
 def _watch(serve: Any, expected: int, url: str, say: Callable[[str], None]) -> None:
     """Says the address, and how many replicas accept requests, for ever: Ray replaces replicas that have ended."""
     last_line = None
+    asks_for_withdrawn = False
+    said_withdrawn = 0
     while True:
         status = serve.status()
         application_status = status.applications.get(APPLICATION)
         if application_status is None:
             raise ClusterError("the application was removed from the cluster")
-        count = _replica_states(application_status).get("RUNNING", 0)
+        count = _serving(application_status)
         if not count and application_status.status == "DEPLOY_FAILED":
             raise LoGoError(f"no replica could be opened: {_reason(application_status)}")
         line = f"replicas ready: {count} of {expected}"
@@ -380,19 +380,26 @@ def _watch(serve: Any, expected: int, url: str, say: Callable[[str], None]) -> N
         if listens and line != last_line and (count or last_line is not None):
             if last_line is None:
                 say(f"Serving on {url}")
-            elif count:
-                _say_withdrawn(serve, say)
+            else:
+                asks_for_withdrawn = count > 0  # one that has started may have asked for it
             say(line)
             last_line = line
+        withdrawn = _withdrawn(serve) if asks_for_withdrawn else None
+        if withdrawn is not None:
+            for withdrawn_line in withdrawn[said_withdrawn:]:
+                say(withdrawn_line)
+            said_withdrawn = len(withdrawn)
+            asks_for_withdrawn = False
         time.sleep(_LOOK)
 
 
-def _say_withdrawn(serve: Any, say: Callable[[str], None]) -> None:
-    """Says which changes of the pool were withdrawn."""
-    with suppress(Exception):  # the process that knows is being started again
+def _withdrawn(serve: Any) -> list[str] | None:
+    """A line for each change of the pool that was withdrawn; None: the process that knows does not answer now."""
+    with suppress(Exception):
         changes = serve.get_deployment_handle("Changes", APPLICATION)
-        for line in changes.withdrawn.remote().result(timeout_s=_ASK):
-            say(line)
+        lines: list[str] = changes.withdrawn.remote().result(timeout_s=_ASK)
+        return lines
+    return None
 
 
 def _end(serve: Any) -> None:
