@@ -485,6 +485,7 @@ def test_ctrl_c_keeps_the_earlier_result(
 def test_what_cannot_be_studied_is_said(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "predictions.json").write_text("[]")  # as the official script writes it
+    later = write_rows(tmp_path / "own" / "later.jsonl", heldout()["antonym"][:1])  # of another study
     for message, *more in (
         ("theirs holds a result without a run.json", "--limit", "1", "--save", str(tmp_path / "theirs")),
         ("protocol 'own'; known: in-pool, removed, out-of-pool", "--protocols", "own"),
@@ -492,6 +493,7 @@ def test_what_cannot_be_studied_is_said(tasks: Path, tmp_path: Path, capsys: pyt
         ("did you mean 'antonym'", "--tasks", "antonyms"),
         ("--save .: expected a folder of the study's own, found the current folder", "--save", "."),
         ("expected a folder of the study's own, found one with rows, antonym.jsonl, ", "--save", str(tasks)),
+        ("expected a folder of the study's own, found one with rows, later.jsonl;", "--save", str(later.parent)),
     ):
         assert run(["eval", "study", *MODEL, "--rows", str(tasks), "--save", str(tmp_path / "s"), *more]) in (1, 2)
         err = capsys.readouterr().err

@@ -139,6 +139,22 @@ def test_names(tmp_path: Path) -> None:
             task_files(where)
 
 
+def test_rows_beside_a_result_or_an_adapter_are_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "done/b.csv", "pool/a/examples.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(GOOD)
+    (tmp_path / "done/run.json").touch()
+    (tmp_path / "pool/a/adapter_config.json").touch()
+    passed_over = r"b\.csv not read: (done/)?run\.json beside it says that the folder holds a result"
+    with pytest.warns(UserWarning, match=passed_over) as warned:
+        assert list(task_files(tmp_path)) == ["a"]
+    assert len(warned) == 1
+    with pytest.raises(UsageError, match=rf"task 'done/b': not found: done/{passed_over}"):
+        task_files(tmp_path, "done/b")
+    with pytest.raises(DataError, match=rf"expected files TASK\.jsonl or TASK\.csv, found none: {passed_over}"):
+        task_files(tmp_path / "done")
+
+
 # -- as tokens ---------------------------------------------------------------------------------------------------------
 
 words = st.lists(st.integers(3, 89).map("w{}".format), min_size=1, max_size=9).map(" ".join)

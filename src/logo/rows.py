@@ -88,13 +88,13 @@ def row_files(root: Path) -> list[Path]:
     return [path for path in shown if path.parent not in marked]
 
 
-def passed_over(root: Path) -> dict[Path, list[Path]]:
-    """The files of JSON lines that `row_files` leaves out although they are not what a result or an adapter has there
-    itself, by the file that marks their folder."""
+def passed_over(root: Path, suffixes: Collection[str] = (".jsonl",)) -> dict[Path, list[Path]]:
+    """The files of these suffixes that `row_files` leaves out although they are not what a result or an adapter has
+    there itself, by the file that marks their folder."""
     shown = _shown_files(root)
     skipped: dict[Path, list[Path]] = {}
     for mark in (path for path in shown if path.name in _MARKS):
-        beside = [path for path in shown if path.parent == mark.parent and path.suffix == ".jsonl"]
+        beside = [path for path in shown if path.parent == mark.parent and path.suffix in suffixes]
         files = [path for path in beside if path.name != _MARKS[mark.name]]
         if files:
             skipped[mark] = files

@@ -81,10 +81,10 @@ class StudyRows:
         elif self.save.name in ("", ".."):
             there = "the current folder or one above it"
         else:
-            files = [task.file for task in tasks] + [task.train_file for task in tasks if task.train_file]
-            beside = [file for file in files if file.parent.resolve() == self.save.resolve()]
+            own = "rows.jsonl" if (self.save / "run.json").exists() else ""
+            beside = sorted(file.name for file in self.save.glob("*.jsonl") if file.name != own)
             if beside:  # beside a run.json they would no longer count as rows
-                there = f"one with rows, {listed([file.name for file in beside], 3)}"
+                there = f"one with rows, {listed(beside, 3)}"
         if there:
             raise UsageError(
                 f"--save {self.save}: expected a folder of the study's own, found {there}; name another one"

@@ -118,17 +118,18 @@ def task_files(folder: Path, only: str = "") -> dict[str, Path]:
         first = files.setdefault(path.with_suffix("").as_posix(), file)
         if first != file:
             raise DataError(f"{first} and {file} are two files of one task; rename or merge them")
-    skipped = passed_over(folder)
-    if skipped and not only:
-        warnings.warn(f"{folder}: {why_passed_over(folder, skipped)}", UserWarning, stacklevel=2)
+    skipped = passed_over(folder, SUFFIXES)
+    why = f": {why_passed_over(folder, skipped)}" if skipped else ""
     if not files:
         names = listed(list(map(str, paths))) or "none"
-        raise DataError(f"tasks folder {str(folder)!r}: expected files TASK.jsonl or TASK.csv, found {names}")
+        raise DataError(f"tasks folder {str(folder)!r}: expected files TASK.jsonl or TASK.csv, found {names}{why}")
+    if skipped and not only:
+        warnings.warn(f"{folder}{why}", UserWarning, stacklevel=2)
     ignored = [] if only else unread(folder, files.values())
     if ignored:
         where = "rows are in files TASK.jsonl or TASK.csv"
         warnings.warn(f"{folder}: {listed(ignored)} not read: {where}", UserWarning, stacklevel=2)
-    tasks = requested(only, files, lambda name: UsageError(f"task {name!r}: not found{closest(name, files)}"))
+    tasks = requested(only, files, lambda name: UsageError(f"task {name!r}: not found{closest(name, files)}{why}"))
     return {name: file for name, file in files.items() if name in tasks}
 
 
