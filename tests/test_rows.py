@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import Dataset, dataset_file, find_datasets, metric_choices
 from logo.rows import Row, read_rows
-from logo.training.rows import task_files
 from written import write_rows
 
 GOOD = '{"context": "Q: 1 + 1\\nA:", "completion": "2"}'
@@ -248,8 +247,6 @@ def test_rows_beside_a_result_or_an_adapter_are_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=said) as caught:
         assert [one.name for one in find_datasets(tmp_path)] == ["a"]
     assert len(caught) == 1 and "rows.jsonl" not in str(caught[0].message)
-    with pytest.warns(UserWarning, match=said):
-        assert [*task_files(tmp_path)] == ["a"]  # of `logo train`
     with pytest.raises(DataError, match=r"dataset 'done/b': done/b\.jsonl not read: done/run\.json beside it says"):
         find_datasets(tmp_path, "done/b")
     with pytest.raises(
