@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -39,13 +38,8 @@ def best_single(logo: LoGo, task: Task, *, rows: int = 16, seed: int = 0) -> Pre
                 "exact_match": sum(score.exact_match for score in scores) / len(scores),
                 "nll": sum(score.nll for score in scores) / len(scores),
             }
-    best = best_of(table)
+    best = min(table, key=lambda name: (-table[name]["exact_match"], table[name]["nll"]))
     return Prepared(same_for_all({best: 1.0}), {"adapter": best, "rows": len(pairs), "table": table})
-
-
-def best_of(table: Mapping[str, Mapping[str, float]]) -> str:
-    """The adapter with most exact matches; among equal ones that with the lower loss."""
-    return min(table, key=lambda name: (-table[name]["exact_match"], table[name]["nll"]))
 
 
 def labelled(logo: LoGo, task: Task, count: int, seed: int) -> list[tuple[list[int], list[int]]]:
@@ -56,19 +50,13 @@ def labelled(logo: LoGo, task: Task, count: int, seed: int) -> list[tuple[list[i
     """
     rows: Sequence[Example] = list(task.train())
     drawn = Random(seed).sample(rows, min(count, len(rows)))
-    with _named(task):
+    try:
         return [_tokens(logo, row) for row in drawn]
+    except UsageError as error:
+        raise DataError(f"dataset {task.name!r}: a train row cannot be scored: {error}") from error
 
 
 def _tokens(logo: LoGo, row: Example) -> tuple[list[int], list[int]]:
     gold = row.completion if isinstance(row.completion, str) else row.completion[0]
     prompt, tokens = encoded(logo.prompts, row.prompt, gold)
     return list(prompt.ids), tokens
-
-
-@contextmanager
-def _named(task: Task) -> Iterator[None]:
-    try:
-        yield
-    except UsageError as error:
-        raise DataError(f"dataset {task.name!r}: a train row cannot be scored: {error}") from error

@@ -64,7 +64,7 @@ def objective(scored: Sequence[Scored], weights: Sequence[float], penalty: float
     (`default_get_loss` of sail-sg/lorahub) divides it once more by the number of rows, so the penalty weighs the more
     the more rows there are.
     """
-    loss = sum(value.nll * value.tokens for value in scored) / sum(value.tokens for value in scored)
+    loss = sum(score.nll * score.tokens for score in scored) / sum(score.tokens for score in scored)
     return loss / len(scored) + penalty * sum(map(abs, weights)) / len(weights)
 
 

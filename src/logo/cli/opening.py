@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.pool import AdapterPool
-from logo.cli.options import EngineOptions, PoolOptions, ProbeText
+from logo.cli.options import EngineOptions, ModelOptions, ProbeText
 from logo.cli.output import err, note, progress
 from logo.files import cache_folder
 from logo.models import load_base, load_config, pick_device
@@ -23,14 +23,14 @@ DEFAULT_SIGNAL = "calibrated"
 QUIET = 20.0  # seconds after which a command without a terminal says what it waits for
 
 
-def open_pool(options: PoolOptions, base_model: str, allow_pickle: bool = False) -> AdapterPool:
+def open_pool(options: ModelOptions, base_model: str, allow_pickle: bool = False) -> AdapterPool:
     """The pool that the options name, or the base model's own."""
     from logo.adapters import pool as pools
 
     return pools.open_pool(options.sources, base_model, MODEL_DIR, allow_pickle=allow_pickle)
 
 
-def selection_settings(options: PoolOptions, probe_text: ProbeText | None = None) -> SelectionSettings:
+def selection_settings(options: ModelOptions, probe_text: ProbeText | None = None) -> SelectionSettings:
     """The settings of probe and selection, the usual ones if the options have none; raises for values that cannot be
     used, before a model is loaded."""
     from logo.selection.settings import SelectionSettings
@@ -74,7 +74,7 @@ class Opened:
         return logo
 
 
-def open_base(options: PoolOptions, base_model: str, allow_pickle: bool = False) -> Opened:
+def open_base(options: ModelOptions, base_model: str, allow_pickle: bool = False) -> Opened:
     """Opens the pool and loads the base model."""
     quiet_transformers()
     load_config(base_model, model_dir=MODEL_DIR)  # may it be read?
@@ -85,7 +85,7 @@ def open_base(options: PoolOptions, base_model: str, allow_pickle: bool = False)
 
 
 def open_engine(
-    options: PoolOptions,
+    options: ModelOptions,
     base_model: str,
     probe_text: ProbeText | None = None,
     allow_pickle: bool = False,

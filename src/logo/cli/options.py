@@ -77,7 +77,7 @@ def command_record(name: str, *options: Any) -> dict[str, Any]:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class PoolOptions:
+class ModelOptions:
     """Which model, and which pool."""
 
     base_model: Annotated[str | None, in_words("demo", of=POOL)] = None
@@ -97,22 +97,28 @@ class PoolOptions:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions(PoolOptions):
-    """The same, and how adapters are selected."""
-
-    signal: Annotated[str | None, in_words("calibrated", of=POOL)] = None
-    """`calibrated`, `norm` or `entropy`."""
+class SelectionOptions(ModelOptions):
+    """The same, and what every selection depends on."""
 
     n_selected_modules: Annotated[
         int | None, in_words("20; demo: 3", of=POOL, name=("--n-selected-modules", "-k"), validator=positive)
     ] = None
     """The most adapters of a prompt."""
 
-    when_unsure: Annotated[WhenUnsure, Parameter(group=POOL, show_default=False)] = "mix"
-    """If unsure, answer by a mixture, by the base model, or not."""
-
     prior: Annotated[float, Parameter(group=POOL, validator=Number(gt=0, lt=1))] = 0.8
     """How likely it is that a prompt belongs to some adapter of the pool."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(SelectionOptions):
+    """The same, and all else that an engine is opened with."""
+
+    signal: Annotated[str | None, in_words("calibrated", of=POOL)] = None
+    """`calibrated`, `norm` or `entropy`."""
+
+    when_unsure: Annotated[WhenUnsure, Parameter(group=POOL, show_default=False)] = "mix"
+    """If unsure, answer by a mixture, by the base model, or not."""
 
     dtype: Annotated[str | None, in_words("the model's; CPU: float32", of=POOL)] = None
     """float32, bfloat16, float16 or auto."""

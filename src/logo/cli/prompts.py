@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from logo.cli.options import PoolOptions, ProbeText
+from logo.cli.options import ModelOptions, ProbeText
 from logo.cli.output import note
 from logo.errors import StorageError, UsageError
 from logo.models import DEMO
@@ -88,7 +88,7 @@ def _named(entry: str, names: Container[str]) -> tuple[str, float]:
         ) from None
 
 
-def or_demo(options: PoolOptions) -> str:
+def or_demo(options: ModelOptions) -> str:
     """The base model: the bundled demo where none is named (and says so)."""
     if options.base_model is not None:
         return options.base_model

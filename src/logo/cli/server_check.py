@@ -139,7 +139,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ServerAnswer:
     """A server's greedy answer.
 
     Attributes:
@@ -228,7 +228,7 @@ class Check:
         numbers = {"effect": effect, "error": error, "under_load": under_load, "allowed": allowed}
         return {"adapter": adapter, **numbers, "answered_by": list(answered_by), "verdict": verdict}
 
-    def answer(self, prompt: Prompt, chosen: dict[str, Any]) -> Answer:
+    def answer(self, prompt: Prompt, chosen: dict[str, Any]) -> ServerAnswer:
         """A greedy answer of the adapters that these fields of a request choose."""
         body = {"prompt": prompt.ids, "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True, **chosen}
         if self.logprobs:
@@ -239,15 +239,15 @@ class Check:
             selection = reply.get("logo") or {"adapters": (), "weights": ()}
             logprob = fmean(choice["logprobs"]["token_logprobs"]) if self.logprobs else 0.0
             mixture = dict(zip(selection["adapters"], selection["weights"], strict=True))
-            return Answer(tuple(choice["token_ids"]), logprob, mixture)
+            return ServerAnswer(tuple(choice["token_ids"]), logprob, mixture)
         except (KeyError, TypeError, ValueError):
             raise LoGoError(f"server {self.server.url}: expected token_ids, found {one_line(str(reply))}") from None
 
-    def _forced_answer(self, case: Case) -> Answer:
+    def _forced_answer(self, case: Case) -> ServerAnswer:
         return self.answer(case.prompt, {"model": "logo", "logo": {"adapters": case.mixture}})
 
     def distances(
-        self, cases: Sequence[Case], alone: Sequence[Answer], under_load: Sequence[Answer]
+        self, cases: Sequence[Case], alone: Sequence[ServerAnswer], under_load: Sequence[ServerAnswer]
     ) -> list[Distances]:
         """How far the answers of each case are from the library's."""
         mixtures = [case.mixture for case in cases]
@@ -266,7 +266,7 @@ class Check:
         return [Distances(*numbers) for numbers in zip(errors, effects, errors_under_load, strict=True)]
 
     def _apart(
-        self, cases: Sequence[Case], mixtures: Sequence[Mixture], answers: Sequence[Answer], own: Sequence[Tokens]
+        self, cases: Sequence[Case], mixtures: Sequence[Mixture], answers: Sequence[ServerAnswer], own: Sequence[Tokens]
     ) -> list[float]:
         """How far answers are from the library's under these mixtures: by their log-probability where the server tells
         it, else by how much likelier the library finds its `own` answers."""

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
-from cyclopts.validators import Number
 from rich.text import Text
 
 from logo.cli.opening import MODEL_DIR, placed, quiet_transformers
-from logo.cli.options import POOL, PoolOptions, command_record, in_words, method_arguments, positive
+from logo.cli.options import SelectionOptions, command_record, in_words, method_arguments, positive
 from logo.cli.output import (
     check_writable,
     err,
@@ -104,7 +103,7 @@ class ContestOptions:
     """Methods to compare them with, `loraretriever,lorahub`."""
 
     method_args: str | None = None
-    """Options of those methods that have them, `rows=16,budget=40`."""
+    """Options of those methods that have them, `k=3,rows=16`."""
 
     protocols: str = "in-pool,removed,out-of-pool"
     """in-pool: each row's target adapter is there; removed: it is left out; out-of-pool: tasks without one."""
@@ -127,27 +126,12 @@ class ContestOptions:
         return Contest(tuple(signals), methods, tuple(parts(self.protocols)), self.generate)
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class SelectionOptions:
-    """What every selection of the engine depends on."""
-
-    n_selected_modules: Annotated[
-        int | None, in_words("20; demo: 3", of=POOL, name=("--n-selected-modules", "-k"), validator=positive)
-    ] = None
-    """The most adapters of a prompt; of methods, `--method-args k=N`."""
-
-    prior: Annotated[float, Parameter(group=POOL, validator=Number(gt=0, lt=1))] = 0.8
-    """How likely it is that a prompt belongs to some adapter of the pool."""
-
-
 def study(
     *,
     rows: StudyRows,
     contest: ContestOptions = ContestOptions(),
     json: bool = False,
-    pool: PoolOptions = PoolOptions(),
-    selection: SelectionOptions = SelectionOptions(),
+    pool: SelectionOptions = SelectionOptions(),
 ) -> None:
     """Does it work on my adapters? How often the right one is found, and what the answers are worth.
 
@@ -168,13 +152,13 @@ def study(
     base_model = or_demo(pool)
     options = {
         "signal": compared.signals[0],
-        "k": selection.n_selected_modules,
-        "prior": selection.prior,
+        "k": pool.n_selected_modules,
+        "prior": pool.prior,
         "model_dir": MODEL_DIR,
         **placed(pool.device),
     }
     opening = Opening(base_model, pool.sources, options)
-    command = command_record("eval study", rows, contest, pool, selection)
+    command = command_record("eval study", rows, contest, pool)
     with closing(Measurer(opening(), compared)) as measurer, progress(disable=not err.is_terminal) as bars:
         names = list(measurer.facts.identity["pool"])
         in_pool = sum(task.name in names for task in tasks)

@@ -55,13 +55,13 @@ def train(
         device: auto: the first GPU, if there is one.
         json: Print what was trained as JSON.
     """
-    from logo.training.pool import train as run
+    from logo.training.pool import train as train_pool
 
     note("loading the base model")
     quiet_transformers()
     with progress(disable=not err.is_terminal) as bars:
         bar = _TrainingBar(bars)
-        trained = run(
+        trained = train_pool(
             rows,
             base_model,
             output,
@@ -104,10 +104,10 @@ class _TrainingBar:
 def _print(output: Path, trained: Trained) -> None:
     table = plain_table("adapter", ">steps", ">best", ">loss", ">held out", "")
     for name, record in trained.trained.items():
-        result = record["result"]
-        losses = ("" if loss is None else f"{loss:.3f}" for loss in (result["train_loss"], result["held_out_loss"]))
-        early = Text("early" if result["early"] else "", style="dim")
-        table.add_row(Text(name), str(result["steps"]), str(result["best_step"]), *losses, early)
+        fitted = record["result"]
+        losses = ("" if loss is None else f"{loss:.3f}" for loss in (fitted["train_loss"], fitted["held_out_loss"]))
+        early = Text("early" if fitted["early"] else "", style="dim")
+        table.add_row(Text(name), str(fitted["steps"]), str(fitted["best_step"]), *losses, early)
     if trained.trained:
         out.print(table)
     for name, record in {**trained.done, **trained.trained}.items():

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.cli.opening import open_base
-from logo.cli.options import PoolOptions, positive
+from logo.cli.options import ModelOptions, positive
 from logo.cli.output import BASE_ALONE, natural_width, note, one_line, out, plain_table, print_json, screen
 from logo.cli.prompts import or_demo
 from logo.cli.server_check import TOKENS, Check, Endpoint
@@ -37,7 +37,7 @@ def verify(
     limit: Annotated[int, Parameter(validator=positive)] = 4,
     api_key: Annotated[str | None, Parameter(env_var="LOGO_API_KEY")] = None,
     json: bool = False,
-    pool: PoolOptions = PoolOptions(),
+    pool: ModelOptions = ModelOptions(),
 ) -> int:
     """Check that a running server answers with this base model and these adapters.
 

@@ -160,10 +160,10 @@ def compare(table: pandas.DataFrame, *, seed: int = 0, strict: bool = True) -> C
     refused: list[str] = []
     notes = list(_mixed(table.attrs.get("runs", {})))
     for name in later:
-        pair = _Pair(first, name, runs[first], runs[name])
-        refused += pair.refused
-        notes += pair.refused + pair.notes
-        lines += pair.compared(seed)
+        both = _TwoRuns(first, name, runs[first], runs[name])
+        refused += both.refused
+        notes += both.refused + both.notes
+        lines += both.compared(seed)
     if strict and not lines:
         raise DataError(refused[0])
     corrected = holm([line.pair.p for line in lines])
@@ -172,7 +172,7 @@ def compare(table: pandas.DataFrame, *, seed: int = 0, strict: bool = True) -> C
 
 
 @dataclass(frozen=True)
-class _Pair:
+class _TwoRuns:
     """Two runs, by name and with their rows."""
 
     a: str

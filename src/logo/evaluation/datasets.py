@@ -263,8 +263,8 @@ def _content(root: Path) -> str:
 
 def _missing(request: str, there: Collection[str]) -> list[str]:
     """The official names that a request's patterns mean and that are not there; none if no official name is there."""
-    patterns = [item.strip() for item in request.split(",") if item.strip()] or ["*"]
-    meant = [name for name in OFFICIAL if any(fnmatchcase(name, item) for item in patterns)]
+    patterns = [pattern.strip() for pattern in request.split(",") if pattern.strip()] or ["*"]
+    meant = [name for name in OFFICIAL if any(fnmatchcase(name, pattern) for pattern in patterns)]
     return [name for name in meant if name not in there] if any(name in there for name in meant) else []
 
 

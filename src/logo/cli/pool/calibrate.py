@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.cli.opening import open_engine
-from logo.cli.options import PoolOptions
+from logo.cli.options import ModelOptions
 from logo.cli.output import BAR, err, note, out, plain_table, print_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from logo.selection.calibration import Calibration
 
 
-def calibrate(*, json: bool = False, pool: PoolOptions = PoolOptions()) -> None:
+def calibrate(*, json: bool = False, pool: ModelOptions = ModelOptions()) -> None:
     """Run the calibration of a pool on neutral text, and choose the points where prompts are read.
 
     Other commands do this when they open a pool for the first time. This command does it in advance and prints the

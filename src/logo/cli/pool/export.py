@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from logo.cli.opening import open_engine
-from logo.cli.options import PoolOptions, in_words
+from logo.cli.options import ModelOptions, in_words
 from logo.cli.output import note, out, selection_line
 from logo.cli.prompts import PromptOptions, forced, or_demo
 from logo.errors import UsageError
@@ -20,7 +20,7 @@ def export(
     adapter: Annotated[list[str] | None, in_words("selected")] = None,
     initial: Path | None = None,
     allow_pickle: bool = False,
-    pool: PoolOptions = PoolOptions(),
+    pool: ModelOptions = ModelOptions(),
 ) -> None:
     """Write a mixture as one plain PEFT adapter, for any tool that reads LoRA adapters.
 
