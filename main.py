@@ -16,19 +16,19 @@ VENV_PYTHON = Path(__file__).parent / ".venv" / "bin" / "python"
 
 def positive(text: str) -> int:
     """A whole number of 1 or more; argparse says what was expected."""
-    return at_least(1, int(text))
+    return at_least(1, text)
 
 
 def not_negative(text: str) -> int:
     """A whole number of 0 or more."""
-    return at_least(0, int(text))
+    return at_least(0, text)
 
 
-def at_least(least: int, number: int) -> int:
-    """The number, unless it is too small."""
-    if number < least:
-        raise argparse.ArgumentTypeError(f"expected {least} or more, found {number}")
-    return number
+def at_least(least: int, text: str) -> int:
+    """The number in a text, unless it is none or too small."""
+    if text.isdecimal() and int(text) >= least:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected {least} or more, found {text}")
 
 
 def options() -> argparse.ArgumentParser:

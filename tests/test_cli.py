@@ -293,10 +293,11 @@ def test_numbers_that_main_cannot_use() -> None:
         *((option, 1) for option in ("--batch_size", "--limit", "--n_selected_modules", "--max_new_tokens")),
         ("--seed", 0),
     ):
-        asked = [sys.executable, "main.py", option, str(least - 1)]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=PATIENCE)
-        assert done.returncode == 2
-        assert f"argument {option}: expected {least} or more, found {least - 1}" in done.stderr
+        for wrong in (str(least - 1), "1.5"):
+            asked = [sys.executable, "main.py", option, wrong]
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=PATIENCE)
+            assert done.returncode == 2
+            assert f"argument {option}: expected {least} or more, found {wrong}" in done.stderr
 
 
 @pytest.mark.filterwarnings("always")

@@ -200,6 +200,18 @@ def test_a_metric_says_a_number_from_0_to_1(site: Path) -> None:
         measure("as_told", "1 / 0", "hot")
 
 
+@pytest.mark.filterwarnings("default")
+def test_what_a_metric_warns_of_is_told_once_and_not_for_every_row(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "def noisy(prediction, golds):\n    warnings.warn('all are alike')\n    return 1.0\n"
+    heading = "import warnings\nfrom logo import register_metric\n@register_metric('noisy')\n"
+    load(site, "noisy", heading + code, "noisy")
+    asked = ["eval", "run", "--base-model", "demo", "--method", "base", "--metric", "noisy", "--max-new-tokens", "1"]
+    assert run([*asked, "--rows", ROWS, "--dataset", "antonym", "--limit", "3", "--result-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count("all are alike") == 1
+
+
 def test_a_metric_declares_its_scale(site: Path) -> None:
     heading = "from logo import register_metric\n@register_metric('right', scale={!r})\n"
     code = "def right(prediction, golds):\n    return float(prediction)\n"

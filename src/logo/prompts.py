@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -37,6 +38,19 @@ _DATED = {"strftime_now": datetime(2024, 7, 26).strftime}
 _TEXTS = ("text", "input_text", "output_text")  # types of parts that are texts
 _PADDED = "expected token ids without padding, found the padding {}; leave it out"
 _EXPECTED = "a string, a list of messages or token ids"
+# Not a filter of `warnings`: where filters change, Python tells every other warning again.
+_warns_of_cuts: ContextVar[bool] = ContextVar("warns_of_cuts", default=True)
+
+
+@contextmanager
+def no_warnings_of_cuts() -> Iterator[None]:
+    """Within the block, prompts are cut without a warning, which names them by their place in a call; for callers that
+    tell of `Prompt.cut` themselves."""
+    before = _warns_of_cuts.set(False)
+    try:
+        yield
+    finally:
+        _warns_of_cuts.reset(before)
 
 
 @dataclass(frozen=True)
@@ -113,12 +127,13 @@ class Prompts:
         if limit is None or len(prompt.ids) <= limit:
             return prompt
         right = self.truncation.side == "right"
-        warnings.warn(
-            f"prompt {number} has {len(prompt.ids)} tokens, more than the {limit} that fit: "
-            f"its {'end' if right else 'beginning'} is cut",
-            PromptCut,
-            stacklevel=4,
-        )
+        if _warns_of_cuts.get():
+            warnings.warn(
+                f"prompt {number} has {len(prompt.ids)} tokens, more than the {limit} that fit: "
+                f"its {'end' if right else 'beginning'} is cut",
+                PromptCut,
+                stacklevel=4,
+            )
         cut = len(prompt.ids) - limit
         if right:
             return Prompt(prompt.ids[:limit], prompt.probed[:limit], cut=cut)

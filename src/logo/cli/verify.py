@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,7 +18,7 @@ from logo.cli.output import BASE_ALONE, natural_width, note, one_line, out, plai
 from logo.cli.prompts import or_demo
 from logo.cli.server_check import TOKENS, Check, Endpoint
 from logo.errors import UsageError
-from logo.prompts import Truncation
+from logo.prompts import Truncation, no_warnings_of_cuts
 from logo.selection.texts import REQUESTS
 
 if TYPE_CHECKING:
@@ -90,8 +89,7 @@ def verify(
 def _prompts(logo: LoGo, names: Sequence[str], limit: int, requests: Sequence[str]) -> dict[str, list[Prompt]]:
     """The prompts with which each adapter is checked: its example prompts, else the requests."""
     texts = {name: logo.fitted[name].examples[:limit] or requests for name in names}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # some are cut, for the server and for the library alike
+    with no_warnings_of_cuts():  # of some, for the server and for the library alike
         return {name: logo.prompts.read(adapter_texts, TOKENS) for name, adapter_texts in texts.items()}
 
 

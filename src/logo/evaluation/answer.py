@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from logo.baselines.method import Method, Prepared, Task
-from logo.errors import HubError, LoGoError, PromptCut, StorageError, Unsure, UsageError
+from logo.errors import HubError, LoGoError, StorageError, Unsure, UsageError
 from logo.evaluation.metrics import METRICS, answer_in, measure, zero
 from logo.identity import (
     config_digest,
@@ -29,7 +28,7 @@ from logo.identity import (
     tokenizer_digest,
     weights_digest,
 )
-from logo.prompts import preface
+from logo.prompts import no_warnings_of_cuts, preface
 from logo.recorded import without_secrets
 from logo.rows import Row
 from logo.selection.signals import SIGNALS
@@ -159,9 +158,9 @@ class Answerer:
             return []
         prompts = [row.prompt for row in rows]
         try:
-            with cuts_told_by_row():
+            with no_warnings_of_cuts():
                 read = self.logo.prompts.read(prompts, self.max_new_tokens)
-            selections = None if prepared.select is None else prepared.select(prompts, len(prompts))
+                selections = None if prepared.select is None else prepared.select(prompts, len(prompts))
             engine = prepared.engine or self.logo
             answers = engine.generate(read, adapters=selections, batch_size=len(read), **options)
             return [Outcome(answer, prompt.cut) for answer, prompt in zip(answers, read, strict=True)]
@@ -189,14 +188,6 @@ class Outcome:
 
     answer: Generation | LoGoError
     cut: int = 0
-
-
-@contextmanager
-def cuts_told_by_row() -> Iterator[None]:
-    """No warnings of prompts that are cut, which name the place in a batch: `rows.jsonl` says how much of which row."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PromptCut)
-        yield
 
 
 def front_of(logo: LoGo, row: Row) -> str:

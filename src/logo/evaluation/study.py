@@ -24,19 +24,13 @@ from typing import TYPE_CHECKING, Any
 from logo.adapters.peft import RECORD
 from logo.baselines.method import Method, Prepared
 from logo.errors import DataError, LoGoError, UsageError, listed
-from logo.evaluation.answer import (
-    Answerer,
-    Facts,
-    cuts_told_by_row,
-    dataset_identity,
-    front_of,
-    task_of,
-)
+from logo.evaluation.answer import Answerer, Facts, dataset_identity, front_of, task_of
 from logo.evaluation.contest import ALWAYS, IN_POOL, REMOVED, Contest
 from logo.evaluation.metrics import answer_in, by_measure, measure, measures
 from logo.evaluation.results import ROWS, RUN, Partial, differences, is_done, read_run
 from logo.evaluation.run import warn_of_copies
 from logo.evaluation.study_summary import summary
+from logo.prompts import no_warnings_of_cuts
 from logo.rows import Row, read_rows
 from logo.scoring import encoded
 
@@ -87,24 +81,22 @@ class Measurer:
         """Ends the engine's processes, if it has some."""
         self._logo.close()
 
+    @no_warnings_of_cuts()
     def measure(self, task: Dataset, index: int) -> dict[str, Any]:
         """The record of a row of a task that `check` takes."""
         row = task.rows[index]
-        with cuts_told_by_row():
-            [prompt] = self._logo.prompts.read([row.prompt], self._new_tokens)
+        [prompt] = self._logo.prompts.read([row.prompt], self._new_tokens)
         arms: list[dict[str, Any]] = []
         seconds: dict[str, float] = {}
         for trial in self._trials(task):
             for label in self._labels(trial.protocol, row):
                 select = self._selecting(label, trial)
-                with cuts_told_by_row():
-                    began = time.perf_counter()
-                    selection = select(row.prompt)
-                    seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - began
+                began = time.perf_counter()
+                selection = select(row.prompt)
+                seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - began
                 arms.append(_arm(label, trial, selection))
         if row.completion:
-            with cuts_told_by_row():
-                self._judge(arms, task, row)
+            self._judge(arms, task, row)
         record = {"task": task.name, "row": index, "prompt": row.prompt, "cut": prompt.cut}
         return {**record, "arms": arms, "seconds": seconds}
 
@@ -120,6 +112,7 @@ class Measurer:
             )
         return of_protocols
 
+    @no_warnings_of_cuts()
     def check(self, task: Dataset) -> None:
         """Raises DataError, which names the file and the line, for a gold text that cannot be scored, and for a row
         whose target adapter is another one of the pool than that of the file's name."""
@@ -131,9 +124,8 @@ class Measurer:
                 )
             if row.completion:
                 try:
-                    with cuts_told_by_row():
-                        for gold in row.golds:
-                            encoded(self._logo.prompts, row.prompt, gold)
+                    for gold in row.golds:
+                        encoded(self._logo.prompts, row.prompt, gold)
                 except UsageError as error:
                     raise DataError(f"{task.file}:{number}: {error}") from error
 
