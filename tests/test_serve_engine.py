@@ -358,7 +358,9 @@ def test_no_request_waits_for_an_adapter_that_another_one_loads(
     assert after == (0, 0, 0) and not any(users)
 
 
-def test_answers_go_on_while_a_burst_of_prompts_is_read(llama: nn.Module, adapters: Path) -> None:
+def test_answers_go_on_while_a_burst_of_prompts_is_read(
+    llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between two of their tokens, the model is given so many tokens of prompts at most."""
     logo = engine(llama, adapters, unscorable="skip")
     base, most = MixtureRequest({}), 64
@@ -381,11 +383,8 @@ def test_answers_go_on_while_a_burst_of_prompts_is_read(llama: nn.Module, adapte
             handle.remove()
             await first.aclose()
 
-    llama.generation_config.eos_token_id, ends = None, llama.generation_config.eos_token_id
-    try:
-        served(logo, use, memory=Memory(64, step_tokens=most))
-    finally:
-        llama.generation_config.eos_token_id = ends
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", None)  # answers are as long as they may be
+    served(logo, use, memory=Memory(64, step_tokens=most))
     read = 0
     for count, width in given:
         read = 0 if width == 1 else read + count * width
