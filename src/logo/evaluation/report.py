@@ -128,7 +128,7 @@ def _row_notes(table: pandas.DataFrame) -> Iterator[str]:
     failed = int(table["error"].notna().sum())
     if failed:
         yield f"{failed} rows have no answer, and count as wrong"
-    cut = table[table["cut"].fillna(0).astype(int) > 0]
+    cut = table[table["cut"].map(bool)]
     for (run, dataset), rows in cut.groupby(["run", "dataset"], sort=False):
         of_all = int(((table["run"] == run) & (table["dataset"] == dataset)).sum())
         yield f"{run}: {len(rows)} of {of_all} prompts of {dataset} were cut, by up to {max(rows['cut'])} tokens"
