@@ -552,13 +552,14 @@ def test_prompts_that_adapters_know_are_said(tmp_path: Path, capsys: pytest.Capt
     for name in ("antonym", "plural", "french"):
         shutil.copytree(adapters_dir() / name, tmp_path / "pool" / name)
         write_rows(tmp_path / "rows" / f"{name}.jsonl", heldout()[name][:4])
-    write_examples(tmp_path / "pool" / "antonym", [row["context"] for row in heldout()["antonym"][:3]])
+    for name, count in (("antonym", 3), ("french", 2)):  # two rows are of both
+        write_examples(tmp_path / "pool" / name, [row["context"] for row in heldout()["antonym"][:count]])
     learnt = write_rows(tmp_path / "learnt" / "plural.jsonl", heldout()["plural"][2:8])
     (tmp_path / "pool" / "plural" / "logo.yaml").write_text(f"rows: {{file: {learnt}}}\n")
     how = ("--adapters", str(tmp_path / "pool"), "--limit", "4", "--signals", "norm", "--protocols", "in-pool")
     studied(tmp_path / "s", tmp_path / "rows", *how)
     said = capsys.readouterr().err
-    assert "3 rows are example prompts of adapters in the pool (3 of antonym): " in said
+    assert "3 rows are example prompts of adapters in the pool (3 of antonym, 2 of french): " in said
     assert "2 rows are training rows of adapters in the pool (2 of plural): " in said
 
 

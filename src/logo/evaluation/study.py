@@ -18,6 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,14 +134,21 @@ class Measurer:
         """Warns of rows whose prompts adapters of the pool have as example prompts, or were trained on."""
         pool = [self._logo.pool[name] for name in self._logo.names]
         prompts = [row.context for task in tasks for row in task.rows]
-        for kind, prompts_of in (("example prompts", _example_prompts), ("training rows", _training_prompts)):
-            counts = {adapter.name: sum(map(prompts_of(adapter).__contains__, prompts)) for adapter in pool}
-            counts = {name: count for name, count in counts.items() if count}
+        for kind, prompts_of in (("example prompts", attrgetter("examples")), ("training rows", _training_prompts)):
+            counts: dict[str, int] = {}
+            known_prompts: set[str] = set()
+            for adapter in pool:
+                its_prompts = frozenset(prompts_of(adapter))
+                count = sum(prompt in its_prompts for prompt in prompts)
+                if count:
+                    counts[adapter.name] = count
+                    known_prompts |= its_prompts
             if counts:
+                rows = sum(prompt in known_prompts for prompt in prompts)
                 of_adapters = listed([f"{count} of {name}" for name, count in counts.items()], 10)
                 warnings.warn(
-                    f"{sum(counts.values())} rows are {kind} of adapters in the pool ({of_adapters}): these are found "
-                    "more easily for them than for other prompts",
+                    f"{rows} rows are {kind} of adapters in the pool ({of_adapters}): these are found more easily for "
+                    "them than for other prompts",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -235,28 +243,17 @@ def rank(scores: Mapping[str, float], target: str) -> int | None:
     return None if target not in scores else sum(score >= scores[target] for score in scores.values())
 
 
-def _example_prompts(adapter: Adapter) -> frozenset[str]:
-    """The example prompts of an adapter."""
-    return frozenset(adapter.examples)
-
-
-def _training_prompts(adapter: Adapter) -> frozenset[str]:
-    """The prompts of the JSON lines that `logo train` has made an adapter from, if they are still there."""
+def _training_prompts(adapter: Adapter) -> list[str]:
+    """The prompts of the JSON lines that `logo train` has made an adapter from; none if they are not there any more, or
+    nobody knows what it was made from."""
     import yaml
 
     try:
         record = yaml.safe_load((adapter.folder / RECORD).read_text(encoding="utf-8"))
         rows = read_rows(Path(record["rows"]["file"]), answers=False)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        yaml.YAMLError,
-        LoGoError,
-    ):  # nobody knows what it was made from
-        return frozenset()
-    return frozenset(row.context for row in rows)
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError, LoGoError):
+        return []
+    return [row.context for row in rows]
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
