@@ -198,7 +198,7 @@ def _show(report: Mapping[str, Any]) -> None:
             table.add_row(arm, *(_cell(numbers.get(name)) for name in metrics))
         screen(natural_width(table)).print(table, "")
     note(f"Means of the tasks' means; {_about_intervals(report)}.")
-    if report["cut"]:
+    if report.get("cut"):  # those of earlier versions do not have it
         note(
             f"{report['cut']} of {report['rows']} prompts were cut to fit; `cut` in rows.jsonl says by how many tokens."
         )
