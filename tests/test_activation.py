@@ -299,13 +299,16 @@ def test_a_stream_reads_its_prompt_once(tmp_path: Path) -> None:
     assert seen == [100, 90, 90, 4, 1, 1] and logo.prefix_cache.bytes == 0
 
 
-def test_what_was_read_before_weights_changed_is_read_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", ["weights", "weights and pool"])
+def test_what_was_read_before_weights_changed_is_read_again(changed: str, tmp_path: Path) -> None:
     model, later = (tiny.model("llama", seed=seed, eos_token_id=None) for seed in (0, 7))
     folder = notes(pool_of(tmp_path, model), "last:4")
     logo, [prompt] = engine(model, folder), tiny.prompts([60])
     logo.generate(prompt, adapters={"t0": 1.0}, max_new_tokens=6)
     stream = logo.stream(prompt, adapters={"t0": 1.0}, max_new_tokens=6)  # it holds what was read
     model.load_state_dict(later.state_dict())
+    if changed == "weights and pool":
+        logo.pool.remove("t2")
     expected = engine(later, folder).generate(prompt, adapters={"t0": 1.0}, max_new_tokens=6)
     assert logo.generate(prompt, adapters={"t0": 1.0}, max_new_tokens=6).token_ids == expected.token_ids
     list(stream)

@@ -356,6 +356,22 @@ def test_what_was_computed_from_weights_that_changed_is_computed_again(
     assert logo.select(PROMPTS[0]).scores == same_scores(fresh.select(PROMPTS[0]).scores)
 
 
+def test_a_calibration_is_kept_for_the_weights_that_it_was_computed_from(adapters: Path, tmp_path: Path) -> None:
+    """Also where a selection is chosen again, so that nobody looks at the weights before."""
+    cached = {"unscorable": "skip", "cache": str(tmp_path)}
+    model = tiny.model("llama")
+    logo = engine(model, adapters, **cached)
+    adapter = logo.pool["tasks/t1"]
+    logo.pool.remove(adapter.name)
+    selection = logo.select(PROMPTS[0], signal="calibrated")
+    logo.pool.add(adapter)
+    logo.select(PROMPTS[0])
+    load(model, tiny.model("llama", seed=7).state_dict())
+    logo.reselect(selection, k=1)  # for which the adapter that came back is calibrated
+    calibration = engine(tiny.model("llama"), adapters, **cached).calibrate("calibrated")
+    assert calibration is not None and calibration.measured == 1  # that adapter's, with the weights of before
+
+
 def test_a_selection_may_be_chosen_again_while_the_pool_changes(llama: nn.Module, adapters: Path) -> None:
     """Whoever reads what the engine knows of its pool reads one moment of it."""
     logo = engine(llama, adapters)
@@ -494,7 +510,8 @@ def test_nothing_else_is_computed_while_a_mixture_is_active(llama: nn.Module, ad
     stream = logo.stream(PROMPTS[1], adapters={}, max_new_tokens=2)
     with pytest.raises(UsageError, match="read it once the answer is complete"):  # it would wait for ever
         logo.generate(PROMPTS[0], adapters={}, max_new_tokens=4, streamer=cast(Any, Caller(partial(next, stream))))
-    assert len([*logo.stream(PROMPTS[1], adapters={}, max_new_tokens=2)]) > 0
+    answer = logo.generate(PROMPTS[1], adapters={}, max_new_tokens=2).text
+    assert answer and "".join(stream) == answer  # which it can be now
 
 
 @pytest.mark.slow

@@ -387,7 +387,7 @@ class Decoder:
                 self._continue(batch, left, streamer=streamer)
 
         answer = BackgroundAnswer(Text(self.prompts.tokenizer), lock_of(self.model), generate)
-        return Stream(cut_pieces(answer.pieces(), batch.decoding.stop), answer.end)
+        return Stream(cut_pieces(answer.pieces(), batch.decoding.stop), answer.begin, answer.end)
 
     def _continue(
         self, batch: Batch, *criteria: StoppingCriteria, streamer: BaseStreamer | None = None

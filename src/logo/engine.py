@@ -208,8 +208,10 @@ class LoGo(AnsweringEngine):
             return state
         prefix_cache = self.prefix_cache if self.probe_context == "base" else None
         base = BaseReader(self.model, self.prompts.texts, prefix_cache=prefix_cache)
-        before = state.scorers.get(signal) or state.earlier.get(signal)
-        with self._turns.running(), self._exact():  # a calibration with adapters mixed in would be wrong for ever
+        # A calibration with adapters mixed in, or of other weights than it is kept for, would be wrong for ever.
+        with self._turns.running(), self._exact():
+            state = state.with_weights(self._weights.stamp())
+            before = state.scorers.get(signal) or state.earlier.get(signal)
             scorer = Scorer.open(base, state.fitted, self.settings, signal, before=before, tell=tell)
         return state.with_scorer(signal, scorer)
 
@@ -233,7 +235,7 @@ class LoGo(AnsweringEngine):
                 f"{everywhere}, so the pool is probed like a plain one: reading prompts once needs activation in all "
                 "of its adapters",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         probe_text = self.settings.probe_text
         if probe_text is None and fitted.read_once and fitted.invoked:
@@ -270,13 +272,17 @@ class LoGo(AnsweringEngine):
         """The state without what was computed from weights that the base model no longer has. The lock is held."""
         if self._turns.mixed:  # a call within an answer, whose mixture may be merged
             return state
-        weights = self._weights.stamp()
-        if weights == state.weights:
-            return state
-        self._mixer.forget(state.fitted)
-        if self.prefix_cache is not None:
-            self.prefix_cache.clear()
-        return self._put(state.with_weights(weights))
+        present = state.with_weights(self._weights.stamp())
+        return state if present is state else self._put(present)
+
+    def _put(self, state: EngineState) -> EngineState:
+        """Puts another state in the place of the present one, and drops what is cached of other weights than its own.
+        The lock is held."""
+        if state.weights != self._state.weights:
+            self._mixer.forget(state.fitted)
+            if self.prefix_cache is not None:
+                self.prefix_cache.clear()
+        return super()._put(state)
 
     def close(self) -> None:
         """Ends nothing, since this engine has started no processes."""

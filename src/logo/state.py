@@ -49,5 +49,5 @@ class EngineState:
         return replace(self, earlier=earlier, carried=before.carried)
 
     def with_weights(self, weights: Hashable) -> EngineState:
-        """The same pool on changed weights of the base model, from which nothing was computed yet."""
-        return replace(self, weights=weights, scorers={}, earlier={})
+        """The same pool on these weights of the base model; if they are others, nothing is computed from them yet."""
+        return self if weights == self.weights else replace(self, weights=weights, scorers={}, earlier={})

@@ -27,7 +27,7 @@ _PATIENCE = 0.1  # seconds after which a stream that waits for the model looks w
 
 
 def _nothing() -> None:
-    """Ends a stream that has nothing to end."""
+    """Begins or ends a stream that computes its pieces where they are asked for."""
 
 
 class Stream(Iterator[str]):
@@ -39,17 +39,25 @@ class Stream(Iterator[str]):
 
     Args:
         pieces: of the text.
+        begin: begins the generation, before the first piece; what it raises, the next piece may be asked for later.
         end: ends the generation and waits for that; may be called from any thread.
     """
 
-    def __init__(self, pieces: Iterator[str], end: Callable[[], None] = _nothing) -> None:
+    def __init__(
+        self, pieces: Iterator[str], begin: Callable[[], None] = _nothing, end: Callable[[], None] = _nothing
+    ) -> None:
         self._pieces = pieces
+        self._begin = begin
+        self._begun = False
         self._end = weakref.finalize(self, end)  # is also called at the exit of the program
 
     def __next__(self) -> str:
         """The next piece. Raises what the generation raises; UsageError: this thread is answering with the model."""
         if not self._end.alive:
             raise StopIteration
+        if not self._begun:
+            self._begin()
+            self._begun = True
         return next(self._pieces)
 
     def close(self) -> None:
@@ -64,7 +72,7 @@ class Stream(Iterator[str]):
 
 
 class BackgroundAnswer:
-    """One generation in a thread of its own, which begins when the first piece of its text is asked for.
+    """One generation in a thread of its own.
 
     Args:
         text: decodes the tokens.
@@ -82,14 +90,18 @@ class BackgroundAnswer:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def pieces(self) -> Iterator[str]:
-        """Yields the text in pieces, none of them empty. Raises what the generation raises; UsageError: this thread
-        holds the lock, for which the other one would wait for ever."""
+    def begin(self) -> None:
+        """Begins the generation. Raises UsageError: this thread holds the lock, for which the other one would wait for
+        ever."""
         self._lock.check_free()
-        self._thread = threading.Thread(target=self._work, name="logo-stream", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._work, name="logo-stream", daemon=True)
+        thread.start()
+        self._thread = thread  # only now, since `end` joins it
+
+    def pieces(self) -> Iterator[str]:
+        """Yields the text in pieces, none of them empty, once the generation has begun. Raises what that raises."""
         yield from filter(None, iter(self._streamer.queue.get, None))
-        self._thread.join()
+        self.end()
         if self._failure is not None:
             raise self._failure
 
