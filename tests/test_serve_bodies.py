@@ -148,6 +148,8 @@ def test_readings_of_a_request() -> None:
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "me"}
     messages = checked(ChatRequest, CHAT | {"messages": [parts, {"role": "assistant"}]}).messages
     assert [one.turn["content"] for one in messages] == ["a\nb", None] and messages[0].turn["name"] == "me"
+    many = checked(ChatRequest, CHAT | {"logo": {"candidates": ["b", "a"] * 50_000}})
+    assert many.logo is not None and many.logo.candidates == ["b", "a"]  # of which each is looked for once
 
 
 # Any JSON at all, half surrogate pairs, line breaks and numbers beyond all bounds among it.

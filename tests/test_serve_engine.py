@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import threading
 import time
@@ -21,9 +22,12 @@ from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.adapter import Adapter
 from logo.api.errors import ApiError, NotReady
 from logo.api.names import MixtureRequest
+from logo.api.replies import Chosen
 from logo.core import Prompt, Selection
 from logo.decoding import Batch, Decoding, call_config
-from logo.errors import AdapterError, ModelError, NotFinite, PoolError, UsageError
+from logo.errors import AdapterError, CacheFull, ModelError, NotFinite, PoolError, UsageError
+from logo.mixing.cache import Resident
+from logo.mixing.mixer import Mixture
 from logo.serve.batching import AnswerJob
 from logo.serve.memory import Memory
 from logo.serve.packed import HeldMixture
@@ -518,3 +522,30 @@ def test_a_mixture_that_overflows_is_an_error_of_its_own_request(
     assert (left, alive) == ((0, 0, 0), True)
     if dtype is torch.float32 and not temperature:
         assert [tokens for tokens, _ in single] == [found[0] for found in alone(logo, rows, [GOOD] * 4, 20)]
+
+
+def test_who_leaves_while_an_adapter_loads_leaves_no_error_that_nobody_hears(llama: nn.Module, adapters: Path) -> None:
+    """Asyncio would write it into the log with a traceback."""
+    logo = engine(llama, adapters)
+    adapter = logo.fitted[logo.names[0]]
+    selection = Selection.forced({adapter.name: 1.0})
+    mixture = Mixture.of(logo.fitted, selection.mixture, [1])
+
+    async def leave() -> None:
+        resident = Resident(adapter, users=1)
+        held = HeldMixture(Chosen(selection), mixture, 0, (resident,), logo.adapter_cache)
+        waiting = asyncio.create_task(held.loaded())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        resident.ready.set_exception(CacheFull("no room"))
+
+    async def left() -> list[Any]:
+        unheard: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+        await leave()
+        await asyncio.sleep(0)
+        gc.collect()
+        return unheard
+
+    assert asyncio.run(left()) == []

@@ -200,6 +200,7 @@ def sent(server: Server, path: str, key: str | None, header: str, body: bytes = 
         ({"logo": {"adapters": {"antonym": 17}}}, "expected a weight from -16 to 16"),
         ({"prompt": "word " * 400}, "256"),
         ({"prompt": []}, "prompt"),
+        ({"prompt_embeds": "AAAA"}, "by which adapters are selected; leave it out"),
         ({"model": ""}, "model: Field required"),
     ],
 )
@@ -411,6 +412,13 @@ def test_an_answer_that_overflows_is_an_error(server: Server, logo: LoGo, tmp_pa
         *_, last, end = filter(None, stream.splitlines())
         assert "logits are NaN" in json.loads(last.removeprefix("data: "))["error"]["message"]
         assert end == "data: [DONE]"
+    asked = {"model": "overflows", "input": "the opposite of hot is", "max_output_tokens": 12}
+    assert server.ask("/v1/responses", asked)[1]["error"]["code"] == "not_finite"
+    _, stream = server.ask("/v1/responses", {**asked, "stream": True})
+    *events, kind, last = filter(None, stream.splitlines())
+    assert kind == "event: error" and '"logo"' in events[1]
+    error = json.loads(last.removeprefix("data: "))
+    assert error["type"] == "error" and error["code"] == "not_finite" and "logits are NaN" in error["message"]
     assert change(server, "unload", "overflows")[0] == 200
 
 

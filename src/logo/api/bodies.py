@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from logo.api.errors import bad_request, plain
@@ -24,6 +24,8 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 # A list of at least one. It is read up to its first fault: thousands of them would keep the event loop for seconds.
 Listed = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
 TokenIds = Listed[Annotated[int, Field(strict=True)]]
+# Each once: every name is looked for in the pool, and a body has room for a hundred thousand.
+Distinct = Annotated[Listed[str], AfterValidator(lambda names: list(dict.fromkeys(names)))]
 _Stops = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...], Field(max_length=4, fail_fast=True)
 ]
@@ -48,10 +50,10 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_left_out(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+    def _null_is_left_out(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None or name not in cls.model_fields}
 
 
 _B = TypeVar("_B", bound=Body)
@@ -97,11 +99,11 @@ def _refused(message: str, field: str | None = None) -> PydanticCustomError:
     return PydanticCustomError("logo", "{message}", {"message": message, "field": field})
 
 
-def _few(value: Any) -> Any:
+def _few(fields: Any) -> Any:
     """Refuses an object of so many fields that saying of each what is wrong would take long."""
-    if isinstance(value, dict) and len(value) > _MOST_FIELDS:
-        raise _refused(f"expected at most {_MOST_FIELDS} fields, found {len(value)}")
-    return value
+    if isinstance(fields, dict) and len(fields) > _MOST_FIELDS:
+        raise _refused(f"expected at most {_MOST_FIELDS} fields, found {len(fields)}")
+    return fields
 
 
 Weights = Annotated[dict[str, Annotated[Number, Field(gt=-1e6, lt=1e6)]], BeforeValidator(_few)]
@@ -117,12 +119,12 @@ class LogoOptions(Body):
     k: Count | None = None
     signal: str | None = None
     weighting: Weighting | None = None
-    candidates: Listed[str] | None = None
+    candidates: Distinct | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _few_fields(cls, data: Any) -> Any:
-        return _few(data)
+    def _few_fields(cls, fields: Any) -> Any:
+        return _few(fields)
 
     @model_validator(mode="after")
     def _one_way(self) -> LogoOptions:

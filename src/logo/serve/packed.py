@@ -51,11 +51,19 @@ class HeldMixture:
         try:
             for resident in self.hold:
                 if not resident.ready.done():  # others may wait for it, too: they are not cancelled with this request
-                    await asyncio.shield(asyncio.wrap_future(resident.ready))
+                    ready = asyncio.wrap_future(resident.ready)
+                    ready.add_done_callback(_notice)
+                    await asyncio.shield(ready)
                 resident.ready.result()
         except BaseException as error:
             self.release()
             raise error.with_traceback(None)  # noqa: B904  # one object, for all requests with the adapter
+
+
+def _notice(ready: asyncio.Future[None]) -> None:
+    """Retrieves the error of an adapter that a client has waited for and left: asyncio would log it as nobody's."""
+    if not ready.cancelled():
+        ready.exception()
 
 
 class Packed:

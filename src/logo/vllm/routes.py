@@ -117,6 +117,9 @@ async def _completion(request: CompletionRequest, raw_request: Request) -> Respo
     """`POST /v1/completions`"""
     logo = _logo(raw_request)
     state = raw_request.app.state
+    if request.prompt_embeds:
+        expected = "expected a text or token ids as 'prompt', by which adapters are selected; leave it out"
+        raise bad_request(f"prompt_embeds: {expected}", "prompt_embeds")
     if not request.prompt:
         raise bad_request("prompt: expected a text or token ids, found none", "prompt")
     listed = isinstance(request.prompt, list) and not isinstance(request.prompt[0], int)

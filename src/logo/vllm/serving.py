@@ -28,7 +28,7 @@ from logo.api.errors import ApiError, failed
 from logo.api.names import Models, check_pool
 from logo.api.replies import Chosen, adapter_card
 from logo.core import Options, Prompt
-from logo.errors import UsageError
+from logo.errors import LoGoError, UsageError
 from logo.selection.selector import forced
 from logo.vllm.engine import Engine, Served
 from logo.vllm.launch import COUNT_NANS
@@ -252,19 +252,31 @@ def _options(request: Any) -> bodies.LogoOptions | None:
 
 
 async def _stream(events: AsyncIterator[Any], field: str, count: Callable[[], None]) -> AsyncIterator[str]:
-    """The events of a stream, the first of which gets the field `logo`; `count` is called when it has ended."""
+    """The events of a stream, the first of which gets the field `logo`; `count` is called when it has ended. An error
+    is an event, since the status was sent already."""
+    number = 0
     first = True
     try:
         async for event in events:
             if not isinstance(event, str):  # of `/v1/responses`
-                body = event.model_dump_json(by_alias=True)
-                event = f"event: {getattr(event, 'type', 'unknown')}\ndata: {body}\n\n"
+                event = _sent(getattr(event, "type", "unknown"), event.model_dump_json(by_alias=True))
+            number += 1
             if first and "data: {" in event:
                 event = event.replace("data: {", f'data: {{"logo": {field}, ', 1)
                 first = False
             yield event
+    except (ApiError, LoGoError) as error:  # of `/v1/responses`, too: vLLM makes events of those of other routes
+        log.error("LoGo: a stream failed: %s", error, exc_info=error)
+        answer = ApiError.of(error)
+        fields = {"message": answer.message, "param": answer.param, "code": answer.code, "sequence_number": number}
+        yield _sent("error", json.dumps({"type": "error", **fields}))
     finally:
         count()
+
+
+def _sent(kind: str, body: str) -> str:
+    """An event of a stream of `/v1/responses`, by its kind and its JSON."""
+    return f"event: {kind}\ndata: {body}\n\n"
 
 
 def _engine(client: Any) -> Engine:
