@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import tiny
 from logo import AdapterPool
 from logo.adapters.activation import Activation
-from logo.adapters.examples import read_examples, write_examples
+from logo.adapters.examples import examples_text, read_examples, write_examples
 from logo.cli.app import run
 from logo.errors import DataError, NotFinite, UsageError
 from logo.models import load_tokenizer
@@ -656,13 +656,14 @@ def test_example_prompts_of_another_adapter_do_not_become_those_of_a_new_one(
     shutil.rmtree(folder)
     shutil.copytree(copied / "a", folder)
     write_examples(folder, ["a prompt of a"])
+    (folder / f"{FILES[2]}.old").write_bytes(examples_text(["an earlier one"]))
     if not recorded:  # an adapter from elsewhere
         (folder / FILES[3]).unlink()
     assert run([*command(*given, copied), "--tasks", "b", "--overwrite"]) == 0
     assert f"{folder}: the example prompts there were those of the adapter that is replaced" in capsys.readouterr().err
     assert read_examples(folder / FILES[2]) == [row["context"] for row in rows(11, 1)[:4]]
     assert AdapterPool.open(copied)["b"].examples == tuple(read_examples(folder / FILES[2]))
-    assert read_examples(folder / f"{FILES[2]}.old") == ["a prompt of a"]
+    assert read_examples(folder / f"{FILES[2]}.old") == ["an earlier one", "a prompt of a"]
 
 
 @pytest.mark.filterwarnings("always")

@@ -10,7 +10,6 @@ A folder of an adapter is written whole or not at all, so a run that was killed 
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -269,7 +268,9 @@ def _write(job: Job, base_model: str, fitted: Fitted, record: Record) -> None:
         save_adapter(new, {name: tensor.cpu() for name, tensor in fitted.tensors.items()}, values, note)
         _write_notes(new, record, () if job.prompts_stay else task.prompts)
         if job.own_prompts and not job.prompts_stay:
-            shutil.copyfile(folder / EXAMPLES, new / EARLIER_PROMPTS)
+            files = [folder / name for name in (EARLIER_PROMPTS, EXAMPLES)]
+            earlier = b"".join(file.read_bytes().rstrip(b"\n") + b"\n" for file in files if file.exists())
+            (new / EARLIER_PROMPTS).write_bytes(earlier)
     if job.own_prompts:
         _tell_of_prompts(job)
 
