@@ -40,6 +40,7 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
 
 # A part may import itself and the parts of lower layers, which come first. Parts of one layer do not import each other.
 LAYERS = [
+    {"version"},
     {"errors", "recorded"},
     {"core"},
     {"files", "hub", "plugins"},

@@ -20,6 +20,7 @@ from logo.errors import (
     StorageError,
     UsageError,
 )
+from logo.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from logo.adapters.adapter import Adapter, LoraWeights
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from logo.selection.settings import SelectionSettings
     from logo.selection.signals import SignalFunction, register_signal
     from logo.streams import Stream
-
-__version__ = "0.3.0"  # the only place; pyproject.toml reads it from here
 
 _LAZY = {
     "Adapter": "logo.adapters.adapter",

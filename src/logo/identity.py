@@ -15,9 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo import __version__
 from logo.files import cache_folder, read_cached, write_cached
 from logo.models import stored, tensor_of
+from logo.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from logo import __version__
+from logo.version import __version__
 
 # The last words of names whose values nobody may read in results, such as `hf_token` and `api_key`.
 _SECRETS = frozenset({"token", "key", "secret", "password", "credentials"})

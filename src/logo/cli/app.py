@@ -19,12 +19,13 @@ from cyclopts.help import DefaultFormatter, PanelSpec
 from rich.box import Box
 from rich.console import Console
 
-from logo import __version__, plugins
+from logo import plugins
 from logo.cli import compare, datasets, demo, evaluate, generate, lm_eval, report, select, serve, study, train, verify
 from logo.cli.config import options_in
 from logo.cli.output import warn_in_one_line
 from logo.cli.pool import calibrate, examples, export, inspect, lock, push
 from logo.errors import EXTRAS, LoGoError, Unsure, UsageError, is_out_of_memory, missing
+from logo.version import __version__
 
 EPILOGUE = (
     "Anywhere on the line: --config FILE reads options from YAML, or from the run.json of a run; --plugin "

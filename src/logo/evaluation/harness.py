@@ -26,12 +26,12 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from logo import __version__
 from logo.core import Selection
 from logo.engine import LoGo
 from logo.errors import UsageError
 from logo.prompts import MAX_NEW_TOKENS
 from logo.scoring import Scored
+from logo.version import __version__
 
 UNKNOWN_CONTEXT = 2048  # tokens, where a model does not say how many it reads
 _BATCHES = 8  # batches between two steps of a progress bar; rows are sorted by length, so more make no difference
