@@ -127,10 +127,10 @@ class Answerer:
             record(index, row, outcome, form, dataset.metric, seconds)
             for index, row, outcome, form in zip(block, rows, outcomes, forms, strict=True)
         ]
-        for of_row in records:
-            if prepared.routed and of_row["error"] is None:  # by the method's own engine, with weights that vary
-                of_row["selected"] = list(prepared.routed)
-                of_row["weights"] = [None] * len(prepared.routed)
+        for line in records:
+            if prepared.routed and line["error"] is None:  # by the method's own engine, with weights that vary
+                line["selected"] = list(prepared.routed)
+                line["weights"] = [None] * len(prepared.routed)
         return records, prepared.record
 
     def _prepared_for(self, dataset: Dataset) -> Prepared:
