@@ -425,6 +425,9 @@ def test_long_prompts_are_cut_with_a_warning(llama: nn.Module, adapters: Path, s
     kept = words[:117] if side == "right" else words[-117:]
     assert list(cut.ids) == [0, *logo.tokenizer.convert_tokens_to_ids(kept)]
     assert cut.text is None and short.text == PROMPTS[0]  # the text of its ids, or none
+    assert (cut.cut, short.cut) == (83, 0)
+    with pytest.warns(UserWarning, match="has 118 tokens, more than the 100 that fit"):
+        assert logo.prompts.read([cut], 28)[0].cut == 101  # of the whole prompt, also if it is cut again
     with pytest.warns(UserWarning, match="118 that fit"):
         answer = logo.generate(long)
         assert len(answer.token_ids) == 10 and logo.select(long) == answer.selection

@@ -134,7 +134,7 @@ class Prompts:
                 PromptCut,
                 stacklevel=4,
             )
-        cut = len(prompt.ids) - limit
+        cut = prompt.cut + len(prompt.ids) - limit
         if right:
             return Prompt(prompt.ids[:limit], prompt.probed[:limit], cut=cut)
         ids = cut_left(self.tokenizer, prompt.ids, limit)
