@@ -272,8 +272,8 @@ class LoGo(AnsweringEngine):
         """The state without what was computed from weights that the base model no longer has. The lock is held."""
         if self._turns.mixed:  # a call within an answer, whose mixture may be merged
             return state
-        present = state.with_weights(self._weights.stamp())
-        return state if present is state else self._put(present)
+        weights = self._weights.stamp()
+        return state if weights == state.weights else self._put(state.with_weights(weights))
 
     def _put(self, state: EngineState) -> EngineState:
         """Puts another state in the place of the present one, and drops what is cached of other weights than its own.
