@@ -190,7 +190,7 @@ class WeightWatch:
 
     PyTorch counts what is written to a tensor, and a parameter whose memory was replaced has another address. Neither
     shows writes through `parameter.data` or NumPy, to tensors that were made in inference mode, and to weights that are
-    quantised or offloaded.
+    quantised or offloaded, nor modules that were put in the place of others.
     """
 
     def __init__(self, model: nn.Module) -> None:
