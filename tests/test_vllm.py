@@ -26,7 +26,7 @@ from logo.selection import signals
 from logo.selection.points import Point
 from logo.selection.reference import both_means, emphasis
 from logo.vllm import patches
-from logo.vllm.blocks import clearing, new_blocks
+from logo.vllm.blocks import clear, clearing, new_blocks
 from logo.vllm.gates import StepGates, gated, turned
 from logo.vllm.options import OPTIONS, POOL, VllmOptions
 from logo.vllm.pool import rank_of, slots_of, targets_of
@@ -342,6 +342,25 @@ def test_vllm_clears_blocks_itself_where_it_always_does() -> None:
 
     assert clearing(runner(needs_kv_cache_zeroing=True)) is None
     assert clearing(runner(needs_kv_cache_zeroing=False)) == (32, 8)
+
+
+def test_on_cpus_blocks_of_layers_with_a_window_are_cleared_too() -> None:
+    """Which vLLM's model runner for CPUs passes over."""
+    caches = {name: torch.full((4, 2, 16, 8), torch.nan) for name in ("full", "window")}
+    groups = [SimpleNamespace(layer_names=[name]) for name in caches]
+    runner = SimpleNamespace(
+        device=CPU,
+        kv_cache_config=SimpleNamespace(kv_cache_groups=groups),
+        compilation_config=SimpleNamespace(
+            static_forward_context={name: SimpleNamespace(kv_cache=cache) for name, cache in caches.items()}
+        ),
+    )
+    fresh = SimpleNamespace(num_computed_tokens=0, block_ids=([1], [3]))
+    running = SimpleNamespace(req_ids=[], num_computed_tokens=[], new_block_ids=[], resumed_req_ids=set())
+    clear(runner, SimpleNamespace(scheduled_new_reqs=[fresh], scheduled_cached_reqs=running), (16, 16))
+    for cache in caches.values():  # groups share tensors, and a block is of one group alone
+        assert [bool(block.isnan().all()) for block in cache] == [True, False, True, False]
+        assert bool((cache[[1, 3]] == 0).all())
 
 
 # -- options ----------------------------------------------------------------------------------------------------------

@@ -186,13 +186,17 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
         "GPUModelRunner",
         ("_init_kv_zero_meta", "kv_cache_config", "kv_block_zeroer"),
     ),
-    Attributes(("vllm.v1.worker.cpu_model_runner",), "CPUModelRunner", ("_zero_block_ids",)),
+    Attributes(("vllm.v1.kv_cache_interface",), "KVCacheGroupSpec", ("layer_names", "kv_cache_spec")),
     Attributes(("vllm.v1.metrics.stats",), "RequestStateStats", ("is_corrupted",)),
     Attributes(("vllm.outputs",), "RequestOutput", ("metrics", "finished", "outputs")),
     Attributes(("vllm.v1.request",), "Request", ("lora_request", "prompt_token_ids", "num_prompt_tokens")),
     Attributes(("vllm.sampling_params",), "SamplingParams", ("skip_reading_prefix_cache",)),
     # Compiled layers and captured graphs.
-    Attributes(("vllm.config.compilation",), "CompilationConfig", ("mode", "cudagraph_mode", "splitting_ops")),
+    Attributes(
+        ("vllm.config.compilation",),
+        "CompilationConfig",
+        ("mode", "cudagraph_mode", "splitting_ops", "static_forward_context"),
+    ),
     Function("vllm.compilation.partition_rules", "", "should_split", ("node", "splitting_ops")),
     # The server.
     Attributes(

@@ -2,13 +2,16 @@
 
 A request that overflows leaves NaN in its blocks, which others get when it has ended. Attention weights what stands
 behind the last token of a block by 0, but 0 times NaN is NaN, so that it would spoil their answers. vLLM's model
-runners clear the blocks that a step names; its scheduler names them only for models with a state (such as Mamba).
+runners clear the blocks that a step names; its scheduler names them only for models with a state (such as Mamba). On
+CPUs they clear full attention alone, and nothing of a model whose layers all have a window: there it is done here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 
 def clearing(runner: Any) -> tuple[int, ...] | None:
@@ -17,11 +20,31 @@ def clearing(runner: Any) -> tuple[int, ...] | None:
     config = runner.kv_cache_config
     if config.needs_kv_cache_zeroing:
         return None
-    if runner.device.type != "cpu" or hasattr(runner, "kv_block_zeroer"):  # else the runner needs nothing for it
+    if _clears_all(runner):
         runner._init_kv_zero_meta()
     ranks = runner.vllm_config.parallel_config.decode_context_parallel_size
     specs = [group.kv_cache_spec for group in config.kv_cache_groups]
     return tuple(spec.block_size * (ranks if spec.dcp_sharded else 1) for spec in specs)
+
+
+def clear(runner: Any, scheduled: Any, sizes: Sequence[int]) -> None:
+    """Clears the blocks that are new in a step, or has the runner do so; arguments as `new_blocks`."""
+    numbers = new_blocks(scheduled, sizes)
+    if _clears_all(runner):
+        scheduled.new_block_ids_to_zero = numbers
+        return
+    layers = runner.compilation_config.static_forward_context
+    for group in runner.kv_cache_config.kv_cache_groups:
+        for name in group.layer_names:
+            cache = getattr(layers.get(name), "kv_cache", None)
+            if isinstance(cache, Tensor):
+                for number in numbers:
+                    cache[number].zero_()
+
+
+def _clears_all(runner: Any) -> bool:
+    """Whether a model runner clears the blocks of every layer: vLLM's first one for CPUs does not."""
+    return runner.device.type != "cpu" or hasattr(runner, "kv_block_zeroer")
 
 
 def new_blocks(scheduled: Any, sizes: Sequence[int]) -> list[int]:

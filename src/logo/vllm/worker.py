@@ -30,7 +30,7 @@ from logo.selection.points import Point
 from logo.selection.scorer import BaseReader, Scorer
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
-from logo.vllm.blocks import clearing, new_blocks
+from logo.vllm.blocks import clear, clearing
 from logo.vllm.gates import Rows, StepGates, turned
 from logo.vllm.layers import GatedWrapper, Tap, is_compiled, multiplied, split, tap_residual
 from logo.vllm.options import VllmOptions, log
@@ -170,11 +170,11 @@ class Worker:
 
     def begin(self, scheduled: Any, runner: Any) -> None:
         """Notes the requests of a step (vLLM's `SchedulerOutput`), and gives each of ours an id of its own, by which
-        `write_gates` finds its rows; and has vLLM's model runner clear the blocks that are new in this step."""
+        `write_gates` finds its rows; and clears the blocks that are new in this step."""
         if self._block_sizes == ():
             self._block_sizes = clearing(runner)
         if self._block_sizes is not None:
-            scheduled.new_block_ids_to_zero = new_blocks(scheduled, self._block_sizes)
+            clear(runner, scheduled, self._block_sizes)
         for request_id in scheduled.finished_req_ids:
             ended = self._requests.pop(request_id, None)
             if ended is not None and isinstance(ended.content, Probe):
