@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig, PreTrainedTokenizerFast
 
 import tiny
+import warm
 from logo import AdapterPool, Generation, LoGo, PoolError, Selection, SelectionSettings, Truncation, UsageError
 from logo.adapters.layout import linear_modules, linear_shape
 from logo.cli.app import run
@@ -194,9 +195,9 @@ stream = LoGo.from_pretrained("demo", device="cpu", signal="norm", k=3).stream("
 next(stream)
 {"" if end == "end" else end}
 """
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
-    assert found.returncode == ENDS[end], found.stderr
-    assert "terminate called" not in found.stderr and ("RuntimeError: mine" in found.stderr) == ("mine" in end)
+    done = subprocess.run([*warm.python(), "-c", script], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == ENDS[end], done.stderr
+    assert "terminate called" not in done.stderr and ("RuntimeError: mine" in done.stderr) == ("mine" in end)
 
 
 def hooks(model: nn.Module) -> int:

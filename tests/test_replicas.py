@@ -46,13 +46,14 @@ OF_KEY = {"Authorization": f"Bearer {KEY}"}
 
 
 class State:
-    """LoGo's part of the app; the adapter "here" can be added by a request only, as if other nodes lacked its files, or
-    as if its folder were gone since."""
+    """LoGo's part of the app; the adapter "here" can be added by a request only, as if other nodes lacked its files,
+    and "moved" until there is a file of that name, as if its folder were gone then."""
 
     pool = SimpleNamespace(names=("start",))
 
     async def change(self, kind: str, name: str, folder: str | None) -> None:
-        if name == "here" and kind == "add":
+        has_moved = name == "moved" and (Path(os.environ[FOLDER]) / "moved").exists()
+        if (name == "here" or has_moved) and kind == "add":
             raise LoGoError("no such folder")
         self.put(kind, name)
 
@@ -138,6 +139,16 @@ class Server:
         """Process -> adapters, of those that answer some requests."""
         return {process: names for _, (process, names) in (self.ask("/pool") for _ in range(30))}
 
+    def hold_slow_answers(self) -> None:
+        """Requests of `/slow` are not answered from now on, until there is a file "go"."""
+        for file in (self.folder / "go", *self.folder.glob("begun-*")):
+            file.unlink(missing_ok=True)
+
+    def wait_for_slow_answers(self, count: int) -> list[int]:
+        """Waits until so many requests of `/slow` have come, and returns the process that has each."""
+        eventually(lambda: len(list(self.folder.glob("begun-*"))) == count)
+        return [int(file.name.split("-")[1]) for file in self.folder.glob("begun-*")]
+
     def wait_for(self, beginning: str) -> None:
         """Waits until it says a line that begins so."""
         assert self.process.stdout is not None
@@ -165,9 +176,17 @@ def running(folder: Path, replicas: int) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of two replicas, whose pools are as at the start."""
+    """A server of two replicas, whose pools are as at the start; it is ended by SIGTERM, as operators do."""
     with running(tmp_path_factory.mktemp("two"), 2) as server:
         yield server
+        with ThreadPoolExecutor(1) as client:
+            server.hold_slow_answers()
+            answer = client.submit(server.ask, "/slow?number=0")
+            server.wait_for_slow_answers(1)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.poll() is None  # it waits for what it has accepted
+            (server.folder / "go").touch()
+            assert answer.result()[0] == 200 and server.process.wait() == 0
 
 
 def test_a_change_reaches_all_replicas_and_those_that_start_later(two: Server) -> None:
@@ -196,10 +215,10 @@ def test_a_change_reaches_all_replicas_and_those_that_start_later(two: Server) -
 def test_where_a_replica_is_killed_under_load_only_its_own_answers_are_lost(two: Server) -> None:
     """Requests that come while it is gone are answered by the other one, and the next one joins it."""
     pools = two.pools()
+    two.hold_slow_answers()
     with ThreadPoolExecutor(8) as clients:
         answers = [clients.submit(two.ask, f"/slow?number={number}") for number in range(8)]
-        eventually(lambda: len(list(two.folder.glob("begun-*"))) == 8)
-        begun = Counter(int(file.name.split("-")[1]) for file in two.folder.glob("begun-*"))
+        begun = Counter(two.wait_for_slow_answers(8))
         assert set(begun) == set(pools)  # both have some
         killed, other = begun
         os.kill(killed, signal.SIGKILL)
@@ -212,34 +231,31 @@ def test_where_a_replica_is_killed_under_load_only_its_own_answers_are_lost(two:
     assert killed not in two.pools()
 
 
-def test_one_replica_comes_back_without_an_adapter_whose_folder_is_gone(tmp_path: Path) -> None:
-    with running(tmp_path, 1) as server:
-        # Who may change the pool is decided by the headers of a request, before its body is there.
-        head = f"POST {LOAD} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        url = f"http://127.0.0.1:{server.port}"
-        stranger = raw(url, f"{head}Content-Length: 400000000\r\n\r\n{{".encode())
-        assert stranger.startswith(b"HTTP/1.1 401 ")
-        own = f"{head}Authorization: Bearer {KEY}\r\nContent-Length: 400000000\r\n\r\n{{"
-        assert raw(url, own.encode()).startswith(b"HTTP/1.1 413 ")
+def test_changes_are_admitted_by_their_headers(two: Server) -> None:
+    """Who may change the pool is decided before the body of a request is there."""
+    head = f"POST {LOAD} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    url = f"http://127.0.0.1:{two.port}"
+    stranger = raw(url, f"{head}Content-Length: 400000000\r\n\r\n{{".encode())
+    assert stranger.startswith(b"HTTP/1.1 401 ")
+    own = f"{head}Authorization: Bearer {KEY}\r\nContent-Length: 400000000\r\n\r\n{{"
+    assert raw(url, own.encode()).startswith(b"HTTP/1.1 413 ")
 
-        assert server.ask(LOAD, "new") == (200, "done") and server.ask(LOAD, "here") == (200, "done")
-        [[process, names]] = server.pools().items()
-        assert names == ["here", "new", "start"] and server.ask("/health")[0] == 200
-        (tmp_path / "closed").touch()
+
+def test_replicas_come_back_without_an_adapter_whose_folder_is_gone(two: Server) -> None:
+    assert two.ask(LOAD, "kept") == (200, "done") and two.ask(LOAD, "moved") == (200, "done")
+    pools = two.pools()
+    assert list(pools.values()) == [["kept", "moved", "start"]] * 2 and two.ask("/health")[0] == 200
+    (two.folder / "moved").touch()
+    (two.folder / "closed").touch()
+    for process in pools:
         os.kill(process, signal.SIGKILL)
-        eventually(lambda: server.ask("/health") == (503, "no replica takes requests"))
-        (tmp_path / "closed").unlink()
-        server.wait_for("adapter 'here': its change was withdrawn")
-        assert list(server.pools().values()) == [["new", "start"]] and server.ask("/health")[0] == 200
-        assert server.ask(UNLOAD, "new") == (200, "done")
-
-        with ThreadPoolExecutor(1) as client:
-            answer = client.submit(server.ask, "/slow?number=0")
-            eventually(lambda: list(tmp_path.glob("begun-*")))
-            server.process.send_signal(signal.SIGTERM)
-            assert server.process.poll() is None  # it waits for what it has accepted
-            (tmp_path / "go").touch()
-            assert answer.result()[0] == 200 and server.process.wait() == 0
+    eventually(lambda: two.ask("/health") == (503, "no replica takes requests"))
+    (two.folder / "closed").unlink()
+    two.wait_for("adapter 'moved': its change was withdrawn")
+    eventually(lambda: list(two.pools().values()) == [["kept", "start"]] * 2)
+    assert two.ask("/health")[0] == 200
+    (two.folder / "moved").unlink()
+    assert two.ask(UNLOAD, "kept") == (200, "done")
 
 
 if __name__ == "__main__":
