@@ -288,16 +288,22 @@ def test_output_can_be_piped_to_a_reader_that_stops() -> None:
         assert bool(done.stdout) == ("head" in words) and done.stderr == ""
 
 
-def test_numbers_that_main_cannot_use() -> None:
+def main(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Runs `main.py` in this process, and returns its exit code."""
+    monkeypatch.setattr("sys.argv", ["main.py", *words])
+    code: int = runpy.run_path(str(ROOT / "main.py"))["main"]()
+    return code
+
+
+def test_numbers_that_main_cannot_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for option, least in (
         *((option, 1) for option in ("--batch_size", "--limit", "--n_selected_modules", "--max_new_tokens")),
         ("--seed", 0),
     ):
-        for wrong in (str(least - 1), "1.5"):
-            asked = [sys.executable, "main.py", option, wrong]
-            done = subprocess.run(asked, capture_output=True, text=True, timeout=PATIENCE)
-            assert done.returncode == 2
-            assert f"argument {option}: expected {least} or more, found {wrong}" in done.stderr
+        for wrong, expected in ((str(least - 1), f"Must be >= {least}"), ("1.5", "expected a whole number")):
+            assert main(monkeypatch, option, wrong) == 2
+            [line] = capsys.readouterr().err.splitlines()
+            assert option in line and wrong in line and expected in line
 
 
 @pytest.mark.filterwarnings("always")
@@ -310,12 +316,11 @@ def test_main_warns_in_one_line(
         *("--dataset", "bbh.word_sorting", "--data_dir", str(DATA), "--limit", "1", "--max_new_tokens", "2"),
         *("--base_model", str(F1 / "model"), "--adapters", str(pool), "--gpu", "-1", "--result_dir", str(tmp_path)),
     ]
-    monkeypatch.setattr("sys.argv", ["main.py", *asked])
-    assert runpy.run_path(str(ROOT / "main.py"))["main"]() == 0
+    assert main(monkeypatch, *asked) == 0
     err = capsys.readouterr().err
     assert "UserWarning" not in err
     [line] = [line for line in err.splitlines() if "examples.jsonl" in line]
-    assert line.startswith("main.py: warning: ") and line.endswith("the examples are left out")
+    assert line.startswith("logo: warning: ") and line.endswith("the examples are left out")
 
 
 def test_main_without_the_package_says_what_to_do(tmp_path: Path) -> None:

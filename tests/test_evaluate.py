@@ -156,7 +156,7 @@ def test_what_ctrl_c_leaves_of_the_official_command(
     monkeypatch.setattr("sys.argv", ["main.py", *official(tmp_path), *more])
     assert runpy.run_path(str(ROOT / "main.py"))["main"]() == 130
     kept, last = capsys.readouterr().err.splitlines()[-2:]
-    assert kept.startswith(f"Finished datasets are kept: {again}") and last == "main.py: error: interrupted"
+    assert kept.startswith(f"Finished datasets are kept: {again}") and last == "logo: error: interrupted"
 
 
 # Runs a command that kills itself before a given step, so that it dies at the same point on every machine. Steps are

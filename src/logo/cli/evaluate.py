@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,6 +33,7 @@ from logo.cli.options import (
 from logo.cli.output import check_writable, err, note, plain_table, print_json, progress, screen
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError, listed
+from logo.evaluation.datasets import Dataset, find_datasets, metric_choices
 from logo.recorded import without_secrets
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from logo.evaluation.answer import Opening
-    from logo.evaluation.datasets import Dataset
     from logo.evaluation.run import Done
 
 VLLM_BATCH = 256  # rows that vLLM gets at once, since it schedules them itself
@@ -48,22 +48,13 @@ SHOWN = 20  # rows without an answer that are named
 ROWS = Group("Rows and results", sort_key=2)
 
 
-@Parameter(name="*", group=ROWS)
+@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class RowOptions:
-    """Which rows, how they are answered, and where results are written."""
+class AnswerOptions:
+    """Which rows are answered, how, and where results are written."""
 
     dataset: Annotated[str, in_words("all in the data folder")] = ""
     """Name, list `a,b` or pattern `bbh.*`."""
-
-    rows: Annotated[Path, Parameter(name=("--rows", "--data-dir"))] = Path("data")
-    """Folder of main/sub/test.jsonl, or of NAME.jsonl."""
-
-    train_rows: Annotated[Path | None, in_words("beside test.jsonl")] = None
-    """Folder of NAME.jsonl to learn from."""
-
-    metric: Annotated[list[str] | None, in_words("of each dataset")] = None
-    """em, em_multi, em_first, bleu, rouge or a plugin's; DATASET=METRIC for some (repeatable)."""
 
     limit: Annotated[int | None, in_words("all", validator=positive)] = None
     """Only the first rows of each dataset."""
@@ -77,27 +68,29 @@ class RowOptions:
     result_dir: str = "results"
     """Folder for result folders."""
 
-    run_name: Annotated[str, in_words("none")] = ""
-    """Added to the result folder's name."""
-
     overwrite: bool = False
     """Start again, replacing finished rows and a result of another run."""
 
     seed: Annotated[int, Parameter(validator=not_negative)] = 0
     """Random seed; part of the result folder's name."""
 
-    def datasets(self, official: bool = False) -> list[Dataset]:
-        """The datasets, every row checked; with the official script's form of each metric, if asked."""
-        from logo.evaluation.datasets import find_datasets, metric_choices
 
-        return find_datasets(
-            self.rows,
-            self.dataset,
-            limit=self.limit,
-            metrics=metric_choices(self.metric),
-            official=official,
-            train_rows=self.train_rows,
-        )
+@Parameter(name="*", group=ROWS)
+@dataclass(frozen=True, kw_only=True)
+class RowOptions(AnswerOptions):
+    """The same, and what the official script does not know."""
+
+    rows: Annotated[Path, Parameter(name=("--rows", "--data-dir"))] = Path("data")
+    """Folder of main/sub/test.jsonl, or of NAME.jsonl."""
+
+    train_rows: Annotated[Path | None, in_words("beside test.jsonl")] = None
+    """Folder of NAME.jsonl to learn from."""
+
+    metric: Annotated[list[str] | None, in_words("of each dataset")] = None
+    """em, em_multi, em_first, bleu, rouge or a plugin's; DATASET=METRIC for some (repeatable)."""
+
+    run_name: Annotated[str, in_words("none")] = ""
+    """Added to the result folder's name."""
 
 
 def run(
@@ -150,21 +143,21 @@ def run(
         command["options"] |= without_secrets({"engine_args": engine_args})
     selecting = method.make(engine.n_selected_modules, rows.seed)
     opening = Opening(base_model, engine.sources, options, selecting, rows.max_new_tokens, rows.seed)
-    return answered(opening, rows, workers, command, json=json)
+    datasets = find_datasets(
+        rows.rows, rows.dataset, limit=rows.limit, metrics=metric_choices(rows.metric), train_rows=rows.train_rows
+    )
+    return answered(opening, datasets, rows, workers, command, run_name=rows.run_name, json=json)
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class OfficialOptions:
+class OfficialOptions(AnswerOptions):
     """The options of the official script, by their names there, and some of ours."""
-
-    dataset: Annotated[str, in_words("all in the data folder")] = ""
-    """Name, list `a,b` or pattern `bbh.*`."""
 
     base_model: str = "Llama-3.1-8B"
     """Hub id, folder or short name."""
 
-    gpu: Annotated[str, Parameter(name=("--gpu", "--device"), converter=device_name, n_tokens=1)] = "auto"
+    gpu: Annotated[str, Parameter(name=("--gpu", "--device"), converter=device_name, n_tokens=1)] = "0"
     """GPU number, if there is one; -1 is the CPU."""
 
     selection_strategy: str = "norm"
@@ -172,9 +165,6 @@ class OfficialOptions:
 
     n_selected_modules: Annotated[int, Parameter(name=("--n-selected-modules", "-k"), validator=positive)] = DEFAULT_K
     """Adapters selected per prompt."""
-
-    seed: Annotated[int, Parameter(validator=not_negative)] = 0
-    """Random seed; part of the result folder's name."""
 
     generation_early_stop: bool = False
     """Stop generating at the first newline."""
@@ -185,23 +175,11 @@ class OfficialOptions:
     model_dir: str = MODEL_DIR
     """Folder that is searched first for base models and adapters."""
 
-    result_dir: str = "results"
-    """Folder for result folders."""
-
-    save_dir: str = ""
-    """Accepted for the official command line; not used."""
+    save_dir: Annotated[str, in_words("none")] = ""
+    """Accepted, as by the script, and not used."""
 
     adapters: Annotated[str | None, in_words("the base model's own")] = None
     """Folder, Hub repo or manifest of adapters; several with commas."""
-
-    limit: Annotated[int | None, in_words("all", validator=positive)] = None
-    """Only the first rows of each dataset."""
-
-    max_new_tokens: Annotated[int, Parameter(validator=positive)] = 256
-    """Longest answer, in tokens."""
-
-    batch_size: Annotated[int, Parameter(validator=positive)] = 1
-    """Prompts per forward pass."""
 
     probe_context: Annotated[Context | None, in_words("base; with the preset: carry")] = None
     """Adapters active while probing: none, the whole pool, or as the official script runs."""
@@ -209,72 +187,60 @@ class OfficialOptions:
     preset: Literal["official"] | None = None
     """`official`: read and cut prompts exactly as the authors' script does."""
 
-    overwrite: bool = False
-    """Start again, replacing finished rows and a result of another run."""
-
-    @property
-    def rows(self) -> RowOptions:
-        """Which rows, how they are answered, and where results are written."""
-        return RowOptions(
-            dataset=self.dataset,
-            rows=Path(self.data_dir),
-            limit=self.limit,
-            batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens,
-            result_dir=self.result_dir,
-            overwrite=self.overwrite,
-            seed=self.seed,
-        )
-
-    @property
-    def engine(self) -> dict[str, Any]:
-        """The options of `LoGo.from_pretrained`."""
-        options: dict[str, Any] = {
-            "preset": self.preset,
-            "signal": self.selection_strategy,
-            "k": self.n_selected_modules,
-            "model_dir": self.model_dir,
-            **placed(self.gpu),
-        }
-        if self.probe_context is not None:
-            options["probe_context"] = self.probe_context
-        return options
-
 
 def evaluate(*, options: OfficialOptions = OfficialOptions()) -> int:
-    """Evaluate on datasets, with the option names and defaults of the official script.
+    """Evaluate on datasets, with the option names and defaults of the official script (`--base-model` is the same as
+    `--base_model`).
 
     Example: logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0
     """
     from logo.evaluation.answer import Opening
 
+    engine: dict[str, Any] = {
+        "preset": options.preset,
+        "signal": options.selection_strategy,
+        "k": options.n_selected_modules,
+        "model_dir": options.model_dir,
+        **placed(options.gpu),
+    }
+    if options.probe_context is not None:
+        engine["probe_context"] = options.probe_context
     opening = Opening(
         options.base_model,
         options.adapters,
-        options.engine,
+        engine,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
         stop_at_newline=options.generation_early_stop,
     )
-    recorded = {name: value for name, value in asdict(options).items() if value is not None}
-    return answered(opening, options.rows, WorkerOptions(), {"name": "evaluate", "options": recorded})
+    datasets = find_datasets(
+        options.data_dir, options.dataset, limit=options.limit, official=options.preset == "official"
+    )
+    return answered(opening, datasets, options, WorkerOptions(), command_record("evaluate", options))
 
 
 def answered(
-    opening: Opening, rows: RowOptions, workers: WorkerOptions, command: dict[str, Any], *, json: bool = False
+    opening: Opening,
+    datasets: Sequence[Dataset],
+    options: AnswerOptions,
+    workers: WorkerOptions,
+    command: dict[str, Any],
+    *,
+    run_name: str = "",
+    json: bool = False,
 ) -> int:
     """Answers datasets, and prints the official line and the folder of each as it is done; returns the exit code."""
     from logo.evaluation.run import Run, answer_datasets, warn_of_copies
 
-    folder = _run_folder(opening, rows)  # of a method that picks the whole pool, the number of adapters is missing
-    datasets = rows.datasets(official=opening.options.get("preset") == "official")
+    # Of a method that picks the whole pool, the number of adapters is missing.
+    folder = _run_folder(opening, options, run_name)
     for dataset in datasets:
         warn_of_copies(dataset, opening.method)
-    check_writable(rows.result_dir)
+    check_writable(options.result_dir)
     if folder.exists():
         check_writable(folder)
     quiet_transformers()
-    batch_size = rows.batch_size
+    batch_size = options.batch_size
     if opening.options.get("engine") == "vllm" and batch_size == 1:
         batch_size = max(1, VLLM_BATCH // (workers.workers or 1))
     results: list[dict[str, Any]] = []
@@ -283,12 +249,12 @@ def answered(
         facts, work = _opened(opening, workers, stack)
         loading = time.perf_counter() - began
         answering = Run(
-            _run_folder(opening, rows, pool_size=len(facts.identity["pool"])),
+            _run_folder(opening, options, run_name, pool_size=len(facts.identity["pool"])),
             facts,
             work,
             opening.method,
             batch_size=batch_size,
-            overwrite=rows.overwrite,
+            overwrite=options.overwrite,
             loading=loading,
             command=command,
             tell=_shown_in(bars),
@@ -300,12 +266,12 @@ def answered(
                     heading = [done.dataset] if len(datasets) > 1 else []
                     print(*heading, results[-1]["line"], done.folder, sep="\n", flush=True)
         except KeyboardInterrupt:
-            note(_how_to_continue(rows.overwrite, by_row=facts.order is None))
+            note(_how_to_continue(options.overwrite, by_row=facts.order is None))
             raise
     return show(results, json=json)
 
 
-def _run_folder(opening: Opening, rows: RowOptions, pool_size: int = 0) -> Path:
+def _run_folder(opening: Opening, options: AnswerOptions, run_name: str, pool_size: int = 0) -> Path:
     """The folder of a run on a pool of so many adapters; UsageError if the run's name cannot be part of it."""
     from logo.evaluation.results import run_folder
 
@@ -315,13 +281,13 @@ def _run_folder(opening: Opening, rows: RowOptions, pool_size: int = 0) -> Path:
         sources = pool_sources(opening.pool, opening.base_model, MODEL_DIR)
         adapters_per_prompt = opening.options["k"] or default_k(sources, DEFAULT_K)
     return run_folder(
-        rows.result_dir,
+        options.result_dir,
         opening.base_model,
         str(opening.options["signal"]),
         pool_size if adapters_per_prompt == "pool" else adapters_per_prompt,
-        rows.seed,
+        options.seed,
         "logo" if method is None else method.name,
-        rows.run_name,
+        run_name,
     )
 
 
