@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers, processors
 
-from demo_world.evaluate import NEUTRAL
 from logo import AdapterPool, LoGo, SelectionSettings, UsageError
 from logo.core import Prompt
 from logo.demo import adapters_dir, heldout
 from logo.models import load_base
 from logo.prompts import Prompts, Truncation, chat, read, text_ids
+from logo.selection.texts import NEUTRAL
 from make_adapters import edit_config
 from tiny import read_tokens
 from tolerances import same_scores, same_selection
