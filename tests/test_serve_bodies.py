@@ -27,6 +27,7 @@ from logo.api.bodies import (
     read_json,
 )
 from logo.api.errors import ApiError
+from logo.api.guards import response
 from logo.api.names import AUTO, MixtureRequest, Models, read_key_adapters
 from logo.errors import StorageError, UsageError
 
@@ -167,7 +168,7 @@ def test_any_json_is_a_request_or_refused_in_one_line(data: st.DataObject) -> No
         checked(kind, read_json(json.dumps(body).encode()))
     except ApiError as error:
         assert error.status == 400 and "\n" not in error.message
-        error.content()
+        response(error)
 
 
 def test_a_file_of_keys_that_cannot_be_used(tmp_path: Path) -> None:

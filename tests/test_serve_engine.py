@@ -63,7 +63,7 @@ async def choose(service: Service, prompt: Prompt, wanted: MixtureRequest) -> He
     [outcome] = await service.select([prompt], wanted)
     if isinstance(outcome, BaseException):
         raise outcome
-    [mixture] = await service.load([outcome])
+    [mixture] = await service.loading.load([outcome])
     return mixture
 
 
@@ -74,7 +74,7 @@ async def answer(
     tokens: list[int] = []
     reason = None
     try:
-        async for _, new, why in service.generate([AnswerJob(ids, chosen, sampling)]):
+        async for _, new, why in service.batching.generate([AnswerJob(ids, chosen, sampling)]):
             tokens += new
             reason = why
     finally:
@@ -275,7 +275,7 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
 
     async def use(service: Service) -> Any:
         chosen = await choose(service, Prompt.of_ids(ids), wanted)
-        deltas = service.generate([AnswerJob(ids, chosen, Sampling(30))])
+        deltas = service.batching.generate([AnswerJob(ids, chosen, Sampling(30))])
         first = (await anext(deltas))[1]
         waiting = await choose(service, Prompt.of_ids(ids), wanted)  # selected, not begun
         await service.remove("t1")
@@ -285,7 +285,7 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
         await service.add(tmp_path / "other", "t1")
         new = await answer(service, ids, wanted, Sampling(30))
         rest = [token async for _, new, _ in deltas for token in new]
-        more = service.generate([AnswerJob(ids, waiting, Sampling(30))])
+        more = service.batching.generate([AnswerJob(ids, waiting, Sampling(30))])
         held = [token async for _, new, _ in more for token in new]
         scores = (await choose(service, Prompt.of_ids(ids), MixtureRequest())).chosen.selection.scores
         return (*first, *rest), tuple(held), new[0], scores
@@ -376,12 +376,12 @@ def test_answers_go_on_while_a_burst_of_prompts_is_read(
 
     async def use(service: Service) -> None:
         mixtures = [await choose(service, Prompt.of_ids(ids), base) for ids in rows]
-        first = service.generate([AnswerJob(rows[0], mixtures[0], Sampling(200))])
+        first = service.batching.generate([AnswerJob(rows[0], mixtures[0], Sampling(200))])
         await anext(first)
         handle = llama.register_forward_pre_hook(note, with_kwargs=True)
         try:
             jobs = [AnswerJob(ids, mixture, Sampling(5)) for ids, mixture in zip(rows, mixtures, strict=True)]
-            async for _ in service.generate(jobs):
+            async for _ in service.batching.generate(jobs):
                 pass
         finally:
             handle.remove()

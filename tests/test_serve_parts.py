@@ -23,7 +23,7 @@ from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from http_server import eventually, serving
 from logo.api.errors import ApiError, NotReady, failed
-from logo.api.guards import GuardSettings
+from logo.api.guards import GuardSettings, response
 from logo.api.layers import guard
 from logo.api.logs import RequestIds
 from logo.errors import AdapterError, DataError, NotFinite, PoolError, StorageError, UsageError, is_out_of_memory
@@ -130,7 +130,7 @@ def test_every_failure_has_an_answer() -> None:
     ):
         found = ApiError.of(cause, "r1")
         assert found.status == status and found.message.startswith(said)
-        assert len(found.message) <= 500 and "secret" not in found.content().decode() and "\n" not in found.message
+        assert len(found.message) <= 500 and "secret" not in response(found).body.decode() and "\n" not in found.message
         assert is_out_of_memory(cause) == (cause in EXHAUSTED)
         if cause in EXHAUSTED:
             with pytest.raises(type(cause)), running("signal 'x'"):

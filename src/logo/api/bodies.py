@@ -254,7 +254,7 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class _Generation(ModelRequest):
+class _TextRequest(ModelRequest):
     """The fields that both endpoints share."""
 
     temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
@@ -270,7 +270,7 @@ class _Generation(ModelRequest):
     max_completion_tokens: Count | None = None  # the same, by its newer name
 
     @model_validator(mode="after")
-    def _nothing_unsupported(self) -> _Generation:
+    def _nothing_unsupported(self) -> _TextRequest:
         for name, value in (self.model_extra or {}).items():
             harmless = (None, *UNSUPPORTED.get(name, (value,)))
             if not any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in harmless):
@@ -278,7 +278,7 @@ class _Generation(ModelRequest):
         return self
 
 
-class CompletionRequest(_Generation):
+class CompletionRequest(_TextRequest):
     """Body of `POST /v1/completions`; `prompt` is a text, several, the token ids of one, or of several."""
 
     prompt: str | Listed[str] | TokenIds | Listed[TokenIds]
@@ -301,7 +301,7 @@ class CompletionRequest(_Generation):
         return not isinstance(self.prompt, str) and not isinstance(self.prompt[0], int)
 
 
-class ChatRequest(_Generation):
+class ChatRequest(_TextRequest):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Listed[Message]

@@ -5,7 +5,6 @@ Messages show values of a request shortened, and internal errors only go to the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,10 +71,6 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON object of the answer."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-
-    def content(self) -> bytes:
-        """The same as bytes, in ASCII, so that any text can be encoded."""
-        return json.dumps(self.body()).encode("ascii")
 
 
 def bad_request(

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import json
 import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -92,7 +93,8 @@ def response(error: BaseException) -> Response:
         code = HTTPStatus(error.status_code).name.lower()
         error = bad_request(error.detail, None, code, error.status_code, error.headers)
     answer = ApiError.of(error, request_id.get())
-    return Response(answer.content(), answer.status, answer.headers, "application/json")
+    content = json.dumps(answer.body()).encode("ascii")  # in which any text can be encoded
+    return Response(content, answer.status, answer.headers, "application/json")
 
 
 class Admission:

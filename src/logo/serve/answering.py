@@ -44,7 +44,7 @@ class Answering:
         self, prompts: Sequence[Prompt], request: MixtureRequest, began: float, logged: dict[str, Any]
     ) -> list[HeldMixture]:
         """The mixture of each prompt, with its adapters loaded, and the entries of the log about them. ApiError: the
-        time is up; else as `Service.select` and `Service.load`."""
+        time is up; else as `Service.select` and `Loading.load`."""
 
         async def choosing() -> list[HeldMixture]:
             outcomes = await self._service.select(prompts, request)
@@ -59,7 +59,7 @@ class Answering:
                     for mixture in chosen:
                         mixture.release()
                     raise outcome
-            return await self._service.load(chosen)
+            return await self._service.loading.load(chosen)
 
         try:
             return await asyncio.wait_for(choosing(), self.seconds_left(began))
@@ -136,7 +136,7 @@ class Answering:
         self._metrics.prompt_tokens.inc(sum(len(job.prompt) for job in jobs))
         call.logged["completion_tokens"] = 0
         try:
-            async with aclosing(self._service.generate(jobs, deadline)) as news:
+            async with aclosing(self._service.batching.generate(jobs, deadline)) as news:
                 async for job, tokens, reason in news:
                     text = texts[job]
                     taken_before = text.taken

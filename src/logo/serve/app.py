@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from logo.api import bodies
-from logo.api.errors import ApiError, bad_request, model_not_found, not_found, plain, shown, shown_line
+from logo.api.errors import ApiError, bad_request, forbidden, model_not_found, not_found, plain, shown, shown_line
 from logo.api.guards import PAGE_FILES, response
 from logo.api.names import AUTO, Models
 from logo.api.replies import Role, adapter_list, model_card
@@ -281,7 +281,7 @@ def _inside(root: Path, path: str) -> Path:
         raise bad_request(f"lora_path: expected a path, found {shown(path)}", "lora_path") from None
     if not folder.is_relative_to(root.resolve()):
         expected = f"expected a folder inside the one this server was given, found {shown(path)}"
-        raise bad_request(f"lora_path: {expected}", "lora_path", "forbidden", 403)
+        raise forbidden(f"lora_path: {expected}", "lora_path")
     if not is_folder:
         raise not_found(f"lora_path: expected a folder, found none at {shown(path)}", "lora_path")
     return folder

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 
-class Waiting(Protocol):
+class Progress(Protocol):
     """What is known of a prompt that waits to be read, or of an answer that is being generated."""
 
     @property
@@ -30,7 +30,7 @@ class Waiting(Protocol):
         """Whether its answer has begun, so that somebody waits for the next token."""
 
 
-W = TypeVar("W", bound=Waiting)
+W = TypeVar("W", bound=Progress)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Schedule:
     step_tokens: int = 512
     most_passes: int = 32
 
-    def room_to_read(self, read: int, waiting: Sequence[Waiting], running: Sequence[Waiting]) -> int:
+    def room_to_read(self, read: int, waiting: Sequence[Progress], running: Sequence[Progress]) -> int:
         """How many more tokens of prompts may be read before the running answers continue, if `read` were read since
         they had their last token; 0: they continue now."""
         if read < self.step_tokens:
@@ -64,7 +64,7 @@ class Schedule:
         stalls = any(answer.answering for answer in running)
         return 0 if stalls or len(waiting) <= len(running) else self.step_tokens
 
-    def next_prompts(self, room: int, waiting: Sequence[W], running: Sequence[Waiting]) -> list[W]:
+    def next_prompts(self, room: int, waiting: Sequence[W], running: Sequence[Progress]) -> list[W]:
         """The prompts that are read next: the first of those that wait, and if it is short, others beside it, up to
         `room` tokens with padding; none: there is no room for the first beside the running answers.
 

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.mixer import Mixture
 from logo.selection.selector import checked_name, forced
-from logo.serve.batching import AnswerJob, Batching, News
+from logo.serve.batching import Batching
 from logo.serve.loading import Loading
 from logo.serve.memory import Memory
 from logo.serve.packed import HeldMixture
@@ -124,8 +124,8 @@ class Service:
             self._admitted_answers -= count
 
     async def select(self, prompts: Sequence[Prompt], request: MixtureRequest) -> list[HeldMixture | BaseException]:
-        """For each prompt of a request the mixture that answers it, whose adapters begin to load (see `load`), or the
-        error for it. Prompts of several requests are probed together.
+        """For each prompt of a request the mixture that answers it, whose adapters begin to load (`loading` waits for
+        them), or the error for it. Prompts of several requests are probed together.
 
         Errors are LoGoError or ApiError: an adapter or signal that does not exist, a weight or k that cannot be used, a
         prompt for which no adapter fits, generation that has stopped.
@@ -138,14 +138,6 @@ class Service:
             self._selecting.submit(self._select_waiting)  # for all that wait by then: later calls may find none
             futures.append(asyncio.wrap_future(waiting.future))
         return await asyncio.gather(*futures, return_exceptions=True)
-
-    async def load(self, mixtures: Sequence[HeldMixture]) -> list[HeldMixture]:
-        """See `Loading.load`."""
-        return await self.loading.load(mixtures)
-
-    def generate(self, jobs: Sequence[AnswerJob], deadline: float | None = None) -> AsyncGenerator[News, None]:
-        """See `Batching.generate`."""
-        return self.batching.generate(jobs, deadline)
 
     # -- in the thread that selects ------------------------------------------------------------------------------------
 
