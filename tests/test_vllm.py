@@ -30,7 +30,7 @@ from logo.vllm.blocks import clear, clearing, new_blocks
 from logo.vllm.gates import StepGates, gated, turned
 from logo.vllm.options import OPTIONS, POOL, VllmOptions
 from logo.vllm.pool import rank_of, slots_of, targets_of
-from logo.vllm.requests import Mix, Probe, parse, prompt_number
+from logo.vllm.requests import Mix, ProbeRequest, parse, prompt_number
 from logo.vllm.slots import Slots
 from logo.vllm.taps import Span, Taps, TextReader
 
@@ -261,7 +261,7 @@ def test_a_mixture_is_read_as_it_was_written(mixture: dict[str, tuple[float, Act
     key, (_, where) = next(iter(mixture.items()))  # adapters with equal content are one
     twice = Mix.of([(key, 1.0, where), (key, 2.0, where)])
     assert twice.parts == ((key, 3.0, where),)
-    probe = Probe(key, "pool", "norm", ("a", "b"), True, True)
+    probe = ProbeRequest(key, "pool", "norm", ("a", "b"), True, True)
     assert parse(probe.path) == probe and parse("/a/folder") is None
 
 
@@ -299,8 +299,8 @@ def test_blocks_before_adapters_act_are_the_base_models() -> None:
     assert block_key(request(silent.path, [1] * 40), 48) is None
     plain = Mix.of([("a", 1.0, EVERYWHERE)])
     assert block_key(request(plain.path, [1] * 40), 16) == plain.path
-    assert block_key(request(Probe("k", "p", "norm").path, [1] * 40), 48) is None
-    alone = Probe("k", "p", "norm", alone=True).path  # whose key nobody else has
+    assert block_key(request(ProbeRequest("k", "p", "norm").path, [1] * 40), 48) is None
+    alone = ProbeRequest("k", "p", "norm", alone=True).path  # whose key nobody else has
     assert block_key(request(alone, [1] * 40), 16) == alone
     assert block_key(request("/a/folder", [1] * 40), 16) == "/a/folder"
     scored = Mix.of([("a", 1.0, Activation(last=2))], prompt=6)  # three tokens of a completion follow
@@ -441,7 +441,7 @@ def taps() -> Taps:
 
 
 def span(key: str, row: int, start: int, count: int, total: int, signal: str = "calibrated", among: Any = None) -> Span:
-    return Span(Probe(key, DIGEST, signal, among), range(total), row, start, count)
+    return Span(ProbeRequest(key, DIGEST, signal, among), range(total), row, start, count)
 
 
 def step(made: Taps, entering: Tensor, *spans: Span, places: str = "ab") -> None:
@@ -537,10 +537,10 @@ def test_a_prompt_is_scored_by_the_pool_that_it_names(taps: Taps) -> None:
     other = Scorer("a")
     taps.read_by({(DIGEST, "calibrated"): Scorer("a", "b"), ("d2", "calibrated"): other})  # type: ignore[dict-item]
     rows = torch.rand(4, 4)
-    step(taps, rows, span("p", 0, 0, 2, 2), replace(span("q", 2, 0, 2, 2), probe=Probe("q", "d2", "calibrated")))
+    step(taps, rows, span("p", 0, 0, 2, 2), replace(span("q", 2, 0, 2, 2), probe=ProbeRequest("q", "d2", "calibrated")))
     found = taps.take(["p", "q"])
     assert found["p"] == pytest.approx([*rows[1, :2].tolist(), 1]) and not isinstance(found["q"], str)
-    step(taps, rows[:2], replace(span("r", 0, 0, 2, 2), probe=Probe("r", "d3", "calibrated")))
+    step(taps, rows[:2], replace(span("r", 0, 0, 2, 2), probe=ProbeRequest("r", "d3", "calibrated")))
     assert "nothing is read" in str(taps.take(["r"])["r"])
 
 

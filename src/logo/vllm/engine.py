@@ -26,7 +26,7 @@ from logo.vllm import plugin
 from logo.vllm.launch import EXTENSION
 from logo.vllm.patches import options_of
 from logo.vllm.pool import pool_of, rank_of, scoring_signals
-from logo.vllm.requests import Mix, Probe, lora_request
+from logo.vllm.requests import Mix, ProbeRequest, lora_request
 from logo.vllm.skeleton import skeleton
 from logo.vllm.slots import Slots
 from logo.vllm.taps import UNREAD
@@ -227,7 +227,7 @@ class Engine:
         plain: bool = False,
         alone: bool = False,
     ) -> list[list[float]]:
-        """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `Probe`.
+        """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `ProbeRequest`.
         NotFinite: a score overflowed; ModelError: a prompt could not be scored."""
         window = served.opened[signal].signal.window
         outcomes: list[Any] = [UNREAD] * len(rows)
@@ -256,7 +256,7 @@ class Engine:
         probes = []
         for names in among:
             listed = None if names is None else tuple(sorted(names))
-            probes.append(Probe(uuid.uuid4().hex, digest, signal, listed, plain, alone))
+            probes.append(ProbeRequest(uuid.uuid4().hex, digest, signal, listed, plain, alone))
         # Hidden vectors of tokens whose keys and values come from the cache would not be computed.
         once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True)
         await self.run([(row, once, lora_request(probe)) for row, probe in zip(rows, probes, strict=True)])

@@ -33,7 +33,7 @@ from typing import Any
 from logo.errors import ModelError
 from logo.vllm.launch import check_environment
 from logo.vllm.options import VllmOptions
-from logo.vllm.requests import NAME, Probe, cached_as, parse
+from logo.vllm.requests import NAME, ProbeRequest, cached_as, parse
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _begins(request: Any, path: str) -> tuple[int | None, ...] | None:
     if not hasattr(request, "logo_begins"):
         request.logo_begins = None
         content = parse(path)
-        if isinstance(content, Probe):
+        if isinstance(content, ProbeRequest):
             request.logo_begins = None if content.alone else ()  # no adapter acts
         elif content is not None and not all(where.everywhere for _, _, where in content.parts):
             request.logo_begins = content.begins(request.prompt_token_ids or [-1] * request.num_prompt_tokens)

@@ -1,7 +1,7 @@
 """What a request is to LoGo inside vLLM: a mixture of adapters, or a probe. The path of its `LoRARequest` says so.
 
     {"mix": [["d1f0a3…", 0.25, [], null], ["77b2c9…", 0.75, [], 4]]}    key of an adapter, weight, where it acts
-    {"probe": ["5f…", "a3…", "calibrated", null, false, false]}         see `Probe`
+    {"probe": ["5f…", "a3…", "calibrated", null, false, false]}         see `ProbeRequest`
 
 vLLM keys cached keys and values by this path. It holds digests of adapters instead of their names, so an adapter that
 is replaced under its name never meets keys and values of the old one. Clients cannot write such paths.
@@ -56,7 +56,7 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeRequest:
     """A prompt whose hidden vectors are read, and which no adapter acts on."""
 
     key: str  # under which its scores are kept until they are taken
@@ -73,19 +73,19 @@ class Probe:
 
 
 @lru_cache(maxsize=4096)
-def parse(path: str) -> Mix | Probe | None:
+def parse(path: str) -> Mix | ProbeRequest | None:
     """What the path of a `LoRARequest` says; None: the request is not ours."""
     content: Any = json.loads(path) if path.startswith("{") else {}
     if "probe" in content:
         key, pool, signal, among, plain, alone = content["probe"]
-        return Probe(key, pool, signal, None if among is None else tuple(among), plain, alone)
+        return ProbeRequest(key, pool, signal, None if among is None else tuple(among), plain, alone)
     if "mix" in content:
         parts = ((key, weight, Activation(tuple(tokens), last)) for key, weight, tokens, last in content["mix"])
         return Mix(tuple(parts), content.get("prompt"))
     return None
 
 
-def lora_request(content: Mix | Probe) -> Any:
+def lora_request(content: Mix | ProbeRequest) -> Any:
     """The `LoRARequest` by which vLLM's engine gets it.
 
     All have the same id, by which vLLM's scheduler limits the adapters of a batch: slots are ours to count. Workers

@@ -36,7 +36,7 @@ from logo.prompts import read
 from logo.vllm.options import VllmOptions, log
 from logo.vllm.pool import head_adapter
 from logo.vllm.reading import Conversation, Probing, begin_once, completion_prompts, history_of, text_prompt
-from logo.vllm.serving import CHATS, COMPLETIONS, RESPONSES, Logo, Prompts
+from logo.vllm.serving import CHATS, COMPLETIONS, RESPONSES, Logo, RequestPrompts
 
 # What needs no key, and what may be posted to besides our routes: it generates nothing and changes no adapter.
 _OPEN = ("/health", "/ready", "/readyz", "/ping", "/metrics", "/metrics/")
@@ -128,7 +128,7 @@ async def _completion(request: CompletionRequest, raw_request: Request) -> Respo
         raise bad_request("use_beam_search: expected one prompt, found several", "use_beam_search")
     _check_scored(logo, request.prompt_logprobs, request.logprobs if request.echo else None)
     await begin_once(state, request)
-    prompts = Prompts(lambda: completion_prompts(state, request), count, listed)
+    prompts = RequestPrompts(lambda: completion_prompts(state, request), count, listed)
     return await logo.answer(request, raw_request, COMPLETIONS, prompts)
 
 
@@ -160,13 +160,13 @@ async def _response(request: _ResponsesRequest, raw_request: Request) -> Respons
     return await logo.answer(request, raw_request, RESPONSES, _probed(logo, conversation))
 
 
-def _probed(logo: Logo, conversation: Conversation) -> Prompts:
+def _probed(logo: Logo, conversation: Conversation) -> RequestPrompts:
     """The conversation as the one prompt of a request."""
 
     async def read_conversation() -> list[Prompt]:
         return [await conversation.prompt(Probing(logo.engine.probe_text, logo.pool.invoked))]
 
-    return Prompts(read_conversation)
+    return RequestPrompts(read_conversation)
 
 
 def _check_scored(logo: Logo, *options: Any) -> None:
@@ -204,7 +204,7 @@ async def _select(request: bodies.SelectRequest, raw_request: Request) -> Respon
     async def rows() -> list[Prompt]:
         return [row]
 
-    [choice], _ = await logo.choose(request.model, request.logo, Prompts(rows))
+    [choice], _ = await logo.choose(request.model, request.logo, RequestPrompts(rows))
     return JSONResponse(choice.reply_with_scores(len(whole.ids)))
 
 
@@ -270,4 +270,4 @@ async def _refusal(request: Request, error: Exception) -> Response:
     answer = ApiError.of(error)
     if answer.status >= 500:
         log.error("LoGo: %s", error, exc_info=error)
-    return JSONResponse(answer.body(), answer.status, dict(answer.headers))
+    return response(error)

@@ -13,7 +13,7 @@ from logo.core import Selection
 from logo.errors import ModelError
 from logo.vllm.engine import Engine
 from logo.vllm.patches import version
-from logo.vllm.requests import Probe, lora_request
+from logo.vllm.requests import ProbeRequest, lora_request
 
 _SCORES = 0.5  # how far scores may be apart: fitting adapters' are about ten times as large, and rounding is less
 # How far log probabilities of the base model may be apart in two requests, and how far an adapter has to move them.
@@ -41,7 +41,7 @@ async def check(engine: Engine) -> None:
     invoked = served.pool[adapter].activation.tokens
     text = [*text, *invoked][-max(len(text), len(invoked)) :]  # on which it acts
     once = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, ignore_eos=True)
-    silent = lora_request(Probe("selftest", served.pool.digest, signal))
+    silent = lora_request(ProbeRequest("selftest", served.pool.digest, signal))
     async with engine.held([engine.mix(served, Selection.forced({adapter: 1.0}))]) as [lora]:
         outputs = await engine.run([(text, once, request) for request in (None, silent, lora)])
     await engine.call("scores", ["selftest"])

@@ -57,7 +57,7 @@ RESPONSES = Handler("openai_serving_responses", "create_responses")
 
 
 @dataclass(frozen=True)
-class Prompts:
+class RequestPrompts:
     """The prompts of a request, which are read only where they select."""
 
     read: Callable[[], Awaitable[Sequence[Prompt]]]
@@ -189,7 +189,7 @@ class Logo:
         return Models(self.base, served.pool.names, tuple(served.opened))
 
     async def choose(
-        self, model: str, options: bodies.LogoOptions | None, prompts: Prompts, alone: bool = False
+        self, model: str, options: bodies.LogoOptions | None, prompts: RequestPrompts, alone: bool = False
     ) -> tuple[list[Chosen], list[Mix]]:
         """The mixture of each prompt of a request; `alone`: as `Probe`. ApiError, LoGoError: there is no such model, or
         the options cannot be used."""
@@ -214,7 +214,7 @@ class Logo:
         self.counts.selected(selection, seconds)
         return Chosen(selection, 1000 * seconds)
 
-    async def answer(self, request: Any, raw: Request, handler: Handler, prompts: Prompts) -> Response:
+    async def answer(self, request: Any, raw: Request, handler: Handler, prompts: RequestPrompts) -> Response:
         """Has one of vLLM's serving objects answer a request, parsed by its class, with the mixtures of its prompts."""
         serving = getattr(raw.app.state, handler.name)
         if serving is None:

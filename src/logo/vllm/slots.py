@@ -20,7 +20,7 @@ _PASSES = 32
 
 
 @dataclass(eq=False)
-class _Waiting:
+class _WaitingMixture:
     """A mixture that waits for its slots: the keys of its adapters, and how many later ones have passed it."""
 
     keys: frozenset[str]
@@ -39,7 +39,7 @@ class Slots:
         self._slot_of: OrderedDict[str, int] = OrderedDict()  # key -> slot, the latest used last
         self._users: Counter[str] = Counter()  # answers in progress of each adapter
         self._loading: dict[str, Any] = {}  # key -> the task that loads it
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_WaitingMixture] = []
 
     @asynccontextmanager
     async def held(self, keys: Collection[str]) -> AsyncIterator[None]:
@@ -49,7 +49,7 @@ class Slots:
             yield
             return
         self.check(keys)
-        mixture = _Waiting(frozenset(keys), asyncio.get_running_loop().create_future())
+        mixture = _WaitingMixture(frozenset(keys), asyncio.get_running_loop().create_future())
         self._waiting.append(mixture)
         self._serve()
         try:
@@ -85,7 +85,7 @@ class Slots:
     def _fits(self, keys: frozenset[str]) -> bool:
         return len(keys | self._users.keys() | self._loading.keys()) <= self.count
 
-    def _admit(self, mixture: _Waiting) -> None:
+    def _admit(self, mixture: _WaitingMixture) -> None:
         self._waiting.remove(mixture)
         self._users.update(mixture.keys)
         mixture.admitted.set_result(None)

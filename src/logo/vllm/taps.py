@@ -21,7 +21,7 @@ from logo.selection.points import Point
 from logo.selection.reference import FADING, finished
 from logo.selection.scorer import Scorer
 from logo.selection.signals import Signal
-from logo.vllm.requests import Probe
+from logo.vllm.requests import ProbeRequest
 
 # The most prompts whose outcome is kept until it is taken; nobody takes those of clients that have left.
 _MOST_WAITING = 4096
@@ -40,7 +40,7 @@ Gather = Callable[[Tensor], Tensor]
 class Span:
     """The rows of one step that are tokens of a probed prompt."""
 
-    probe: Probe  # what is asked of it
+    probe: ProbeRequest  # what is asked of it
     prompt: Sequence[int]  # its token ids, all of them
     row: int  # the first row
     start: int  # the position of that token in the prompt
@@ -75,7 +75,7 @@ class _Use:
 
 
 @dataclass
-class _Reading:
+class _PromptReading:
     """What is known of a prompt while it is probed.
 
     Attributes:
@@ -98,13 +98,13 @@ class _Reading:
 class _Step:
     """The rows of the current step that one reader reads."""
 
-    readings: tuple[_Reading, ...]  # that they belong to
+    readings: tuple[_PromptReading, ...]  # that they belong to
     rows: Tensor  # (n,) int64 on the model's device
     owners: Tensor  # (n,) int64: the index in `readings` of each row
     weights: Tensor  # (2, n) float32: of each row in the two means of its prompt
 
     @classmethod
-    def of(cls, readings: Sequence[_Reading], device: torch.device) -> _Step:
+    def of(cls, readings: Sequence[_PromptReading], device: torch.device) -> _Step:
         """The step of these prompts, some token of which is read in it."""
         rows = []
         owners = []
@@ -158,7 +158,7 @@ class Taps:
         self._device = device
         self.readers: Mapping[tuple[str, str], Reader] = {}  # by digest of the pool, and signal
         self._uses: dict[str, list[_Use]] = {}  # by place
-        self._readings: dict[str, _Reading] = {}  # of prompts that run
+        self._readings: dict[str, _PromptReading] = {}  # of prompts that run
         self._outcomes: OrderedDict[str, Outcome] = OrderedDict()  # of those that were run whole
         self._steps: dict[int, _Step] = {}  # by the identity of the reader
 
@@ -179,7 +179,7 @@ class Taps:
     def begin(self, spans: Sequence[Span]) -> None:
         """Sets the rows of the next step that belong to probed prompts, after completing the step before."""
         self._end_step()
-        by_reader: dict[int, list[_Reading]] = {}
+        by_reader: dict[int, list[_PromptReading]] = {}
         for span in spans:
             reading = self._readings.get(span.probe.key)
             if reading is None or reading.seen != span.start:  # a new prompt, or a preempted one
@@ -199,18 +199,18 @@ class Taps:
         if reading is not None and reading.seen < len(reading.span.prompt):
             del self._readings[key]
 
-    def _begun(self, span: Span) -> _Reading:
+    def _begun(self, span: Span) -> _PromptReading:
         """A prompt whose first tokens are run now."""
         probe = span.probe
         reader = self.readers.get((probe.pool, probe.signal))
         if reader is None:
             purpose = f"the signal {probe.signal!r} of this pool" if probe.signal else "a calibration"
-            return _Reading(span, None, 0, span.start, f"nothing is read for {purpose} here")
+            return _PromptReading(span, None, 0, span.start, f"nothing is read for {purpose} here")
         # Of texts whose tail is scored, what stands before that is read, too.
         whole = isinstance(reader, TextReader) and reader.signal.token == "tail"
         first = int(len(span.prompt) > 1) if whole else reader.signal.begin(span.prompt)
         missing = f"the model was run without the first {span.start} tokens of the prompt" if span.start else None
-        return _Reading(span, reader, first, span.start, missing)
+        return _PromptReading(span, reader, first, span.start, missing)
 
     def _end_step(self) -> None:
         """Scores the prompts that the last step has completed, and drops them. Prompts fail here if a compiler or a
@@ -228,11 +228,11 @@ class Taps:
         while len(self._outcomes) > _MOST_WAITING:
             self._outcomes.popitem(last=False)
 
-    def _stepping(self) -> list[_Reading]:
+    def _stepping(self) -> list[_PromptReading]:
         """The prompts that are read in the current step."""
         return [reading for step in self._steps.values() for reading in step.readings]
 
-    def _outcome(self, reading: _Reading) -> Outcome:
+    def _outcome(self, reading: _PromptReading) -> Outcome:
         if reading.failure is not None or reading.reader is None:
             return reading.failure or ""
         try:
@@ -285,7 +285,7 @@ def _read(use: _Use, step: _Step, place: str, hidden: Tensor) -> None:
         reading.added.update(use.points)
 
 
-def _scores(reading: _Reading, scorer: Scorer) -> list[float]:
+def _scores(reading: _PromptReading, scorer: Scorer) -> list[float]:
     """The scores of a prompt that was read whole."""
     signal = scorer.signal
     responses = [reading.means[i] for i in range(len(scorer.points))]  # (2, adapters)

@@ -35,7 +35,7 @@ from logo.vllm.gates import Rows, StepGates, turned
 from logo.vllm.layers import GatedWrapper, Tap, is_compiled, multiplied, split, tap_residual
 from logo.vllm.options import VllmOptions, log
 from logo.vllm.pool import pool_of, scoring_signals
-from logo.vllm.requests import NAME, Mix, Probe, parse
+from logo.vllm.requests import NAME, Mix, ProbeRequest, parse
 from logo.vllm.skeleton import skeleton
 from logo.vllm.taps import Span, Taps, TextReader
 
@@ -50,7 +50,7 @@ class _Request:
     """A running request of ours."""
 
     number: int  # its id among adapters, in this worker
-    content: Mix | Probe  # what its path says
+    content: Mix | ProbeRequest  # what its path says
     prompt: Sequence[int]  # its token ids
     begins: tuple[int | None, ...] = ()  # of a mixture, the position from which each adapter acts; None: nowhere
     gate: Tensor | None = None  # of a mixture, the gate (1, slots) where all adapters act that ever do, once known
@@ -177,7 +177,7 @@ class Worker:
             clear(runner, scheduled, self._block_sizes)
         for request_id in scheduled.finished_req_ids:
             ended = self._requests.pop(request_id, None)
-            if ended is not None and isinstance(ended.content, Probe):
+            if ended is not None and isinstance(ended.content, ProbeRequest):
                 self.taps.drop(ended.content.key)
         self._step = {}
         for new in scheduled.scheduled_new_reqs:
@@ -217,7 +217,7 @@ class Worker:
             rows = np.flatnonzero(token_ids == number)
             if not len(rows):  # vLLM warms up
                 continue
-            if isinstance(request.content, Probe):
+            if isinstance(request.content, ProbeRequest):
                 read = min(len(rows), len(request.prompt) - start)
                 if read > 0:
                     spans.append(Span(request.content, request.prompt, int(rows[0]), start, read))
