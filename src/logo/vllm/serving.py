@@ -11,14 +11,14 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from vllm import SamplingParams, envs
+from vllm import envs
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.sampling_params import RequestOutputKind
 
@@ -34,7 +34,7 @@ from logo.vllm.engine import Engine, Served
 from logo.vllm.launch import COUNT_NANS
 from logo.vllm.metrics import Counts
 from logo.vllm.options import log
-from logo.vllm.requests import Mix, lora_request, prompt_number
+from logo.vllm.requests import Mix, prompt_number
 from logo.vllm.selftest import check
 
 NOT_FINITE = (
@@ -85,18 +85,15 @@ class Mixing:
         """As the client's, after the adapters of the prompt's mixture have slots; ApiError: logits are NaN."""
         number = prompt_number(request_id) if len(self._mixes) > 1 else 0
         mix = self._mix(number, len(prompt["prompt_token_ids"]))
-        answers: dict[int, list[int]] = {}
+        if params.num_logprobs is None and not self._marks_all(params):
+            params = copy.copy(params)
+            params.logprobs = 0  # those of the drawn tokens alone, which `_check_finite` looks at
         async with self._engine.held([mix]) as [lora]:
             kwargs["lora_request"] = lora
             # vLLM has to hear that a client has left before others get its slots, where it would go on to compute.
             async with aclosing(self._client.generate(prompt, params, request_id, *args, **kwargs)) as outputs:
                 async for output in outputs:
-                    if not self._marks_all(params):
-                        _add(output, params, answers)
-                        if output.finished:
-                            await self._check(prompt["prompt_token_ids"], answers, mix)
-                    elif output.metrics is not None and output.metrics.is_corrupted:
-                        raise failed(NOT_FINITE, "not_finite")
+                    _check_finite(output)
                     yield output
         self.ended.add(number)
 
@@ -113,29 +110,17 @@ class Mixing:
         together = params.n > 1 and params.output_kind is RequestOutputKind.FINAL_ONLY
         return not together and self._client.vllm_config.speculative_config is None
 
-    async def _check(self, prompt: Sequence[int], answers: Mapping[int, Sequence[int]], mix: Mix) -> None:
-        """Raises ApiError if the logits of the last token of an answer are NaN, as they are once any before were."""
-        if not all(where.everywhere for _, _, where in mix.parts):  # adapters act on the same tokens again
-            mix = replace(mix, prompt=mix.prompt or len(prompt))
-        lora = lora_request(mix) if mix.parts else None
-        once = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0, detokenize=False)
-        for tokens in answers.values():
-            again = {"prompt_token_ids": [*prompt, *tokens[:-1]]}
-            async for output in self._client.generate(again, once, f"logo-{uuid.uuid4().hex}", lora_request=lora):
-                [places] = output.outputs[0].logprobs
-                if any(math.isnan(token.logprob) for token in places.values()):
-                    raise failed(NOT_FINITE, "not_finite")
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
 
-def _add(output: Any, params: Any, answers: dict[int, list[int]]) -> None:
-    """Adds the tokens of one of vLLM's outputs to those of the answers, by index."""
-    for answer in output.outputs:
-        before = answers.get(answer.index, []) if params.output_kind is RequestOutputKind.DELTA else []
-        before.extend(answer.token_ids)
-        answers[answer.index] = before
+def _check_finite(output: Any) -> None:
+    """Raises ApiError if vLLM has marked one of its outputs, or a log probability there is NaN, as all of a token are if
+    a logit is."""
+    places = [place for answer in output.outputs for place in answer.logprobs or ()]
+    is_marked = output.metrics is not None and output.metrics.is_corrupted
+    if is_marked or any(math.isnan(token.logprob) for place in places for token in place.values()):
+        raise failed(NOT_FINITE, "not_finite")
 
 
 class Logo:
