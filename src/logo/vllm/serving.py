@@ -115,8 +115,8 @@ class Mixing:
 
 
 def _check_finite(output: Any) -> None:
-    """Raises ApiError if vLLM has marked one of its outputs, or a log probability there is NaN, as all of a token are if
-    a logit is."""
+    """Raises ApiError if vLLM has marked one of its outputs, or a log probability there is NaN, as all of a token are
+    if a logit is."""
     places = [place for answer in output.outputs for place in answer.logprobs or ()]
     is_marked = output.metrics is not None and output.metrics.is_corrupted
     if is_marked or any(math.isnan(token.logprob) for place in places for token in place.values()):
