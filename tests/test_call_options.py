@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import GenerationConfig
 
 import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, UsageError
-from logo.core import Prompt
+from logo.core import AnswerOptions, Prompt
 from logo.errors import LoGoError, NotFinite
 from logo.opening import LOCAL_OPTIONS
 from logo.selection.selector import RESPONSES
@@ -218,6 +219,18 @@ def test_arguments_that_cannot_be_used_are_told_in_a_line(logo: LoGo) -> None:
         ("select", ("w3",), {"batch_size": "8"}, "batch_size: expected a whole number, 1 or more, found '8'"),
         ("select", ("w3",), {"max_new_tokens": 0}, "max_new_tokens: expected 1 or more, found 0"),
         ("select", ("w3",), {"candidate": ["t1"]}, r"unknown option 'candidate' .did you mean 'candidates'"),
+        (
+            "generate",
+            ("w3",),
+            {"candidate": ["t1"]},
+            r"unknown generation option 'candidate' .did you mean 'candidates'",
+        ),
+        (
+            "stream",
+            ("w3",),
+            {"stop_at_newlines": True},
+            r"unknown .* 'stop_at_newlines' .did you mean 'stop_at_newline'",
+        ),
         ("generate", ("w3",), {"adapters": "t1"}, f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
         ("generate", (["w3"],), {"adapters": ["t1"]}, f"adapters: {FORCED} or a Selection, found 't1'"),
         ("generate", ("w3",), {"adapters": {"t1": float("nan")}}, "expected a number between -1e6 and 1e6"),
@@ -253,7 +266,11 @@ def test_a_pool_is_opened_before_an_engine_is_made_of_it(logo: LoGo) -> None:
 
 def test_signatures_list_the_options_of_a_call() -> None:
     for call in (LoGo.generate, LoGo.stream):
-        assert set(OPTIONS) <= set(inspect.signature(call).parameters)
+        assert inspect.signature(call).parameters["options"].annotation == "Unpack[AnswerOptions]"
+    ours = {*OPTIONS, "generation_config", "stop", "stop_at_newline"}
+    assert all(f"`{name}`" in (LoGo.generate.__doc__ or "") for name in {*ours, "max_new_tokens"})
+    assert ours < AnswerOptions.__optional_keys__
+    assert AnswerOptions.__optional_keys__ - ours <= vars(GenerationConfig()).keys()
     for call in (LoGo.select, LoGo.score, LoGo.reselect, LoGo.options):
         assert inspect.signature(call).parameters["options"].annotation == "Unpack[CallOptions]"
 

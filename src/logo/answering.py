@@ -13,7 +13,7 @@ from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from logo.adapters.activation import EVERYWHERE
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, CurrentPool
 from logo.adapters.write import write_mixture
-from logo.core import CallOptions, Forced, Generation, Options, Prompt, Selection, Weighting, WhenUnsure
+from logo.core import AnswerOptions, CallOptions, Forced, Generation, Options, Prompt, Selection
 from logo.decoding import (
     Batch,
     Decoding,
@@ -35,9 +35,9 @@ from logo.errors import LoGoError, PoolError, Unsure, UsageError, check_type, li
 from logo.models import ModelLock
 from logo.prefix_cache import PrefixCache
 from logo.prompts import Prompts, several
-from logo.scoring import Scored, encoded
+from logo.scoring import Pair, Scored, encoded
 from logo.selection.selector import for_each, forced
-from logo.selection.settings import ProbeContext, SelectionSettings, check_context
+from logo.selection.settings import OPTIONS, ProbeContext, SelectionSettings, check_context
 from logo.state import EngineState
 from logo.streams import Stream
 
@@ -72,6 +72,8 @@ class AnsweringEngine(ABC):
     _generation_config: GenerationConfig | None
     _decode: Callable[[Batch, BaseStreamer | None], list[Generation]]  # answers a batch; a streamer is for one row
     _stream: Callable[[Batch], Stream]  # answers one row in pieces
+    # Scores completions, each under its own mixture; the last argument is the batch size. Errors as `score_pairs`.
+    _scored: Callable[[AdapterPool, Sequence[Pair], Sequence[Mapping[str, float]], int], list[Scored]]
 
     # -- what an engine is -----------------------------------------------------------------------------------------
 
@@ -88,25 +90,15 @@ class AnsweringEngine(ABC):
         self,
         state: EngineState,
         scorer: Any,
-        rows: Sequence[Prompt],
+        probed: Sequence[Sequence[int]],
         candidates: Sequence[Collection[str] | None],
         batch_size: int,
     ) -> Tensor:
-        """Scores (rows, adapters) of prompts; those of adapters that are no candidates may be wrong."""
+        """Scores (rows, adapters) of token ids; those of adapters that are no candidates may be wrong."""
 
-    @abstractmethod
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
         """The indices of rows that are answered together."""
-
-    @abstractmethod
-    def _scored(
-        self,
-        pool: AdapterPool,
-        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-        mixtures: Sequence[Mapping[str, float]],
-        batch_size: int,
-    ) -> list[Scored]:
-        """Many completions, each after its own prompt and under its own mixture; errors as `continued_rows`."""
+        return [range(len(rows))]
 
     # -- the pool --------------------------------------------------------------------------------------------------
 
@@ -210,7 +202,8 @@ class AnsweringEngine(ABC):
                 check_context(self.probe_context, signal)
             scorer = self._scorer(state, signal)
             candidates = [options[i].candidates for i in members]
-            scores = self._scores(state, scorer, [rows[i] for i in members], candidates, batch_size)
+            probed = [rows[i].ids if state.probes_all else rows[i].probed for i in members]
+            scores = self._scores(state, scorer, probed, candidates, batch_size)
             for i, row_scores in zip(members, scores, strict=True):
                 outcomes[i] = scorer.selector.outcome(row_scores, options[i], state.fitted.silent(rows[i].ids))
             last = outcomes[members[-1]]
@@ -261,24 +254,14 @@ class AnsweringEngine(ABC):
     # -- answering -------------------------------------------------------------------------------------------------
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self,
         prompts: OnePrompt,
         *,
         adapters: Forced | Sequence[Forced | None] | None = ...,
-        k: int | None = ...,
-        signal: str | None = ...,
-        weighting: Weighting | None = ...,
-        candidates: str | Collection[str] | None = ...,
-        prior: float | None = ...,
-        when_unsure: WhenUnsure | None = ...,
-        max_new_tokens: int | None = ...,
-        generation_config: GenerationConfig | None = ...,
-        stop: str | Collection[str] = ...,
-        stop_at_newline: bool | Literal["official"] = ...,
         batch_size: int = ...,
         streamer: BaseStreamer | None = ...,
-        **generation_options: Any,
+        **options: Unpack[AnswerOptions],
     ) -> Generation: ...
     @overload
     def generate(
@@ -286,38 +269,18 @@ class AnsweringEngine(ABC):
         prompts: Sequence[OnePrompt],
         *,
         adapters: Forced | Sequence[Forced | None] | None = ...,
-        k: int | None = ...,
-        signal: str | None = ...,
-        weighting: Weighting | None = ...,
-        candidates: str | Collection[str] | None = ...,
-        prior: float | None = ...,
-        when_unsure: WhenUnsure | None = ...,
-        max_new_tokens: int | None = ...,
-        generation_config: GenerationConfig | None = ...,
-        stop: str | Collection[str] = ...,
-        stop_at_newline: bool | Literal["official"] = ...,
         batch_size: int = ...,
         streamer: BaseStreamer | None = ...,
-        **generation_options: Any,
+        **options: Unpack[AnswerOptions],
     ) -> list[Generation]: ...
     def generate(
         self,
         prompts: OnePrompt | Sequence[OnePrompt],
         *,
         adapters: Forced | Sequence[Forced | None] | None = None,
-        k: int | None = None,
-        signal: str | None = None,
-        weighting: Weighting | None = None,
-        candidates: str | Collection[str] | None = None,
-        prior: float | None = None,
-        when_unsure: WhenUnsure | None = None,
-        max_new_tokens: int | None = None,
-        generation_config: GenerationConfig | None = None,
-        stop: str | Collection[str] = (),
-        stop_at_newline: bool | Literal["official"] = False,
         batch_size: int = 8,
         streamer: BaseStreamer | None = None,
-        **generation_options: Any,
+        **options: Unpack[AnswerOptions],
     ) -> Generation | list[Generation]:
         """Answers each prompt with its own mixture; rows with different mixtures share a batch.
 
@@ -325,33 +288,24 @@ class AnsweringEngine(ABC):
             prompts: one prompt, or several (list in, list out, same order); of the kinds that `select` takes.
             adapters: instead of selecting: `{"name": weight, ...}`, or a `Selection`; `{}` is the base model alone.
                 A list gives each prompt its own (None: select).
-            k, signal, weighting, candidates, prior, when_unsure: of the selection; see `logo.core.CallOptions`.
-            max_new_tokens: default: that of the generation config, else the smaller of 256 and half of the context.
-            generation_config: of transformers; default: the engine's own, which is greedy unless it was given another.
-                What it leaves open is greedy, too, but for the checkpoint's end tokens and stop texts.
-            stop: end each answer before the first of these texts.
-            stop_at_newline: end each answer after its first line; `"official"`: by the rule of the official code.
             batch_size: prompts per forward pass.
             streamer: a streamer of transformers (`TextStreamer`, ...) that gets each token, for a single prompt.
-            **generation_options: of `GenerationConfig`, such as `do_sample=True, temperature=0.7`.
+            **options: `k`, `signal`, `weighting`, `candidates`, `prior` and `when_unsure` for the selection, see
+                `logo.core.CallOptions`; and for the answer, see `logo.core.AnswerOptions`: `max_new_tokens`,
+                `generation_config`, `stop`, `stop_at_newline`, and all options of transformers' `GenerationConfig`,
+                such as `do_sample=True, temperature=0.7`.
 
         Raises:
             UsageError: a prompt that is empty or cannot be read, an option that does not exist or cannot be used.
             PoolError: as `select`; a forced adapter that is not in the pool, or not among the candidates.
         """
-        selecting: CallOptions = {"k": k, "signal": signal, "weighting": weighting, "candidates": candidates}
-        selecting |= {"prior": prior, "when_unsure": when_unsure}
         with ended_by_errors(streamer), self._call() as state:
             listed_prompts, single = several(prompts)
             check_batch_size(batch_size)
-            if isinstance(adapters, (Mapping, Selection)):
-                _check_fixed(selecting)
-            call = self.settings.options(state.fitted, selecting)
-            config = self._config(generation_config, max_new_tokens, generation_options)
-            decoding = Decoding.of(config, stop_at_newline, stop)
-            rows = self.prompts.read(listed_prompts, config.max_new_tokens)
+            call, decoding = self._checked(state, adapters, options)
+            rows = self.prompts.read(listed_prompts, decoding.config.max_new_tokens)
             if streamer is not None:
-                check_streamable(len(rows), config)
+                check_streamable(len(rows), decoding.config)
             mixtures = for_each(adapters, len(rows), state.fitted, call.candidates)
             probed_before = 0.0  # seconds per row
             # All before the first answer: `carry` follows the order of prompts, and a refused one costs no answers.
@@ -372,38 +326,16 @@ class AnsweringEngine(ABC):
                     answers[i] = replace(answer, seconds={"probe": seconds} | answer.seconds)
         return answers[0] if single else [answers[i] for i in range(len(rows))]
 
-    def stream(
-        self,
-        prompt: OnePrompt,
-        *,
-        adapters: Forced | None = None,
-        k: int | None = None,
-        signal: str | None = None,
-        weighting: Weighting | None = None,
-        candidates: str | Collection[str] | None = None,
-        prior: float | None = None,
-        when_unsure: WhenUnsure | None = None,
-        max_new_tokens: int | None = None,
-        generation_config: GenerationConfig | None = None,
-        stop: str | Collection[str] = (),
-        stop_at_newline: bool | Literal["official"] = False,
-        **generation_options: Any,
-    ) -> Stream:
+    def stream(self, prompt: OnePrompt, *, adapters: Forced | None = None, **options: Unpack[AnswerOptions]) -> Stream:
         """The answer to one prompt in pieces, which together are `generate(prompt).text`; arguments as there.
 
         It is generated while the pieces are read. Closing the stream, or leaving a loop over an unnamed one, ends that;
         see `logo.streams.Stream`. Errors as `generate`.
         """
-        selecting: CallOptions = {"k": k, "signal": signal, "weighting": weighting, "candidates": candidates}
-        selecting |= {"prior": prior, "when_unsure": when_unsure}
         with self._call() as state:
-            if isinstance(adapters, (Mapping, Selection)):
-                _check_fixed(selecting)
-            call = self.settings.options(state.fitted, selecting)
-            config = self._config(generation_config, max_new_tokens, generation_options)
-            decoding = Decoding.of(config, stop_at_newline, stop)
-            check_streamable(1, config)
-            [row] = self.prompts.read([prompt], config.max_new_tokens)
+            call, decoding = self._checked(state, adapters, options)
+            check_streamable(1, decoding.config)
+            [row] = self.prompts.read([prompt], decoding.config.max_new_tokens)
             mixtures = for_each(adapters, 1, state.fitted, call.candidates)
             with self._held(state.fitted):
                 selections = self._mixtures(state, [row], mixtures, call, 1)
@@ -432,9 +364,7 @@ class AnsweringEngine(ABC):
             weights = [selection.mixture for selection in selections]
             return self._scored(state.fitted, pairs, weights, max(1, len(mixtures)))
 
-    def score_pairs(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[Forced], *, batch_size: int = 8
-    ) -> list[Scored]:
+    def score_pairs(self, pairs: Sequence[Pair], adapters: Sequence[Forced], *, batch_size: int = 8) -> list[Scored]:
         """Scores completions, each after its own prompt and under its own mixture; errors as `score`.
 
         Args:
@@ -458,9 +388,8 @@ class AnsweringEngine(ABC):
         parts = [(pool[name], weight) for name, weight in forced(mixture, pool).mixture.items()]
         return write_mixture(parts, Path(folder), self._layout.shapes, self.model.config.name_or_path or None)
 
-    @abstractmethod
-    def close(self) -> None:
-        """Ends processes that the engine has started, without which it cannot answer."""
+    def close(self) -> None:  # noqa: B027
+        """Ends the processes that the engine has started, if any, without which it cannot answer."""
 
     @contextmanager
     def _call(self) -> Iterator[EngineState]:
@@ -487,12 +416,20 @@ class AnsweringEngine(ABC):
         cache = self.prefix_cache
         return nullcontext() if cache is None or pool.activations == (EVERYWHERE,) else cache.held()
 
-    def _config(
-        self, config: GenerationConfig | None, max_new_tokens: int | None, options: Mapping[str, Any]
-    ) -> GenerationConfig:
-        """The complete generation config of a call; errors as `call_config`."""
-        own = self._generation_config if config is None else config
-        return call_config(self.prompts, own, options, max_new_tokens, self._checkpoint)
+    def _checked(self, state: EngineState, adapters: object, options: AnswerOptions) -> tuple[Options, Decoding]:
+        """The checked options of a call: those of its selections, and how answers are decoded."""
+        decoding: dict[str, Any] = dict(options)
+        selecting = {name: decoding.pop(name) for name in OPTIONS if name in decoding}
+        if isinstance(adapters, (Mapping, Selection)):
+            _check_fixed(selecting)
+        call = self.settings.options(state.fitted, selecting)
+        stop = decoding.pop("stop", ())
+        stop_at_newline = decoding.pop("stop_at_newline", False)
+        max_new_tokens = decoding.pop("max_new_tokens", None)
+        config = decoding.pop("generation_config", None)
+        config = self._generation_config if config is None else config
+        complete = call_config(self.prompts, config, decoding, max_new_tokens, self._checkpoint)
+        return call, Decoding.of(complete, stop_at_newline, stop)
 
     def _mixtures(
         self,
@@ -515,7 +452,7 @@ class AnsweringEngine(ABC):
         return [mixture for mixture in mixtures.values() if mixture is not None]
 
 
-def _check_fixed(selecting: CallOptions) -> None:
+def _check_fixed(selecting: Mapping[str, Any]) -> None:
     """Raises UsageError for options that would have no effect, since the mixture of all prompts is fixed."""
     for name, value in selecting.items():
         if value is not None and name != "candidates":

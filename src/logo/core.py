@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 ProbeText = Literal["all", "last-user", "conversation"]
 Weighting = Literal["linear", "adaptive"]
@@ -59,6 +62,44 @@ class CallOptions(TypedDict, total=False):
     candidates: str | Collection[str] | None
     prior: float | None
     when_unsure: WhenUnsure | None
+
+
+class AnswerOptions(TypedDict, total=False):
+    """What a caller may say about one answer: all of `CallOptions`, and how the answer is decoded.
+
+    Attributes:
+        max_new_tokens: default: that of the generation config, else the smaller of 256 and half of the context.
+        generation_config: of transformers; default: the engine's own, which is greedy unless it was given another.
+            What it leaves open is greedy, too, but for the checkpoint's end tokens and stop texts.
+        stop: end the answer before the first of these texts.
+        stop_at_newline: end the answer after its first line; `"official"`: by the rule of the official code.
+        do_sample, temperature, ...: options of `GenerationConfig`. Its others may be given, too, though type checkers
+            do not know them here.
+    """
+
+    k: int | None
+    signal: str | None
+    weighting: Weighting | None
+    candidates: str | Collection[str] | None
+    prior: float | None
+    when_unsure: WhenUnsure | None
+    max_new_tokens: int | None
+    generation_config: GenerationConfig | None
+    stop: str | Collection[str]
+    stop_at_newline: bool | Literal["official"]
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    num_beams: int | None
+    length_penalty: float | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    min_new_tokens: int | None
+    eos_token_id: int | list[int] | None
+    stop_strings: str | list[str] | None
+    max_time: float | None
 
 
 @dataclass(frozen=True)

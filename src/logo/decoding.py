@@ -29,7 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from logo.adapters.activation import EVERYWHERE, earliest, warn_of_silent
 from logo.adapters.pool import AdapterPool
-from logo.core import Form, Generation, Selection
+from logo.core import AnswerOptions, Form, Generation, Selection
 from logo.endings import (
     EndRule,
     at_newline,
@@ -97,10 +97,9 @@ def call_config(
         if name in _INSTEAD:
             raise UsageError(f"generation option {name!r} cannot be used here: give {_INSTEAD[name]!r} instead")
         if name not in _KNOWN:
-            raise UsageError(
-                f"unknown generation option {name!r}{closest(name, _KNOWN)}: expected an option "
-                "of transformers.GenerationConfig"
-            )
+            hint = closest(name, sorted(_KNOWN | AnswerOptions.__optional_keys__))
+            known = "k, candidates, stop, ... (`logo.core.AnswerOptions`) or an option of transformers.GenerationConfig"
+            raise UsageError(f"unknown generation option {name!r}{hint}: expected {known}")
     if config is not None:
         check_type("generation_config", config, GenerationConfig, "a transformers.GenerationConfig")
     try:

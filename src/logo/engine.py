@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from logo.models import WeightWatch, check_mode, context_length, devices, droppe
 from logo.opening import Preset, opened
 from logo.prefix_cache import PrefixCache, reusable
 from logo.prompts import Prompts, Truncation
-from logo.scoring import MAX_TOKENS, Scored, score_pairs
+from logo.scoring import MAX_TOKENS, score_pairs
 from logo.selection.calibration import Calibration
 from logo.selection.index import Tell
 from logo.selection.scorer import BaseReader, Scorer
@@ -124,6 +125,7 @@ class LoGo(AnsweringEngine):
         decoder = Decoder(model, self.prompts, self._mixer, self.prefix_cache)
         self._decode = decoder
         self._stream = decoder.stream
+        self._scored = partial(score_pairs, model, self.prompts, self._mixer)
 
         with self._turns.lock:
             self._state = self._fit(pool)
@@ -204,7 +206,7 @@ class LoGo(AnsweringEngine):
 
     def calibrated(self, state: EngineState, signal: str, tell: Tell | None = None) -> EngineState:
         """The same state with a scorer of a signal, which `take` puts in use; arguments and errors as `calibrate`."""
-        if state.scorer(signal, self.settings) is not None:
+        if self._has_scorer(state, signal):
             return state
         prefix_cache = self.prefix_cache if self.probe_context == "base" else None
         base = BaseReader(self.model, self.prompts.texts, prefix_cache=prefix_cache)
@@ -260,13 +262,17 @@ class LoGo(AnsweringEngine):
 
     def _scorer(self, state: EngineState, signal: str, tell: Tell | None = None) -> Scorer:
         """The scorer of a signal. If it has to be calibrated, the base model runs, and no adapter may be active."""
-        scorer = state.scorers.get(signal)
-        if scorer is not None and scorer.signal == self.settings.reading(state.fitted, signal):
-            return scorer
+        if self._has_scorer(state, signal):
+            return state.scorers[signal]
         with self._turns.running():
             if self._state.fitted is not state.fitted:  # the pool has changed since the call began
                 return self.calibrated(state, signal, tell).scorers[signal]
             return self._put(self.calibrated(self._state, signal, tell)).scorers[signal]
+
+    def _has_scorer(self, state: EngineState, signal: str) -> bool:
+        """Whether a signal is calibrated for a state, unless another signal has taken its name since."""
+        scorer = state.scorers.get(signal)
+        return scorer is not None and scorer.signal == self.settings.reading(state.fitted, signal)
 
     def _with_present_weights(self, state: EngineState) -> EngineState:
         """The state without what was computed from weights that the base model no longer has. The lock is held."""
@@ -284,47 +290,31 @@ class LoGo(AnsweringEngine):
                 self.prefix_cache.clear()
         return super()._put(state)
 
-    def close(self) -> None:
-        """Ends nothing, since this engine has started no processes."""
-
     # -- how scores and answers are computed -----------------------------------------------------------------------
 
     def _scores(
         self,
         state: EngineState,
         scorer: Scorer,
-        rows: Sequence[Prompt],
+        probed: Sequence[Sequence[int]],
         candidates: Sequence[Collection[str] | None],
         batch_size: int,
     ) -> Tensor:
-        """Scores (rows, adapters) of prompts, which are probed in batches."""
         pool = state.fitted
         active: Sequence[str] = () if self.probe_context == "base" else pool.names
         carried = self._state.carried
         if self.probe_context == "carry" and carried is not None:
             active = [name for name in carried if name in pool]
         mixture = Mixture(dict.fromkeys(active, 1.0))
-        probed = [row.ids if state.probes_all else row.probed for row in rows]
         window = scorer.signal.window
         lengths = [len(ids) if window == WHOLE else min(len(ids), sum(window)) for ids in probed]
-        scores = torch.empty(len(rows), len(scorer.selector.names), dtype=torch.float32)
+        scores = torch.empty(len(probed), len(scorer.selector.names), dtype=torch.float32)
         for batch in batches_by_length(lengths, batch_size, padded=not self._alike, tokens=MAX_TOKENS):
             with self._mixer.active(pool, [mixture]), self._exact():
                 scores[batch] = scorer([probed[i] for i in batch], [candidates[i] for i in batch])
         return scores
 
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
-        """The indices of rows that are answered together."""
         counted = "position_ids" in inspect.signature(self.model.forward).parameters  # else padding counts as tokens
         alike = self._alike or not counted or reads_prompts(decoding.config)
         return batches_by_length([len(row.ids) for row in rows], batch_size, padded=not alike)
-
-    def _scored(
-        self,
-        pool: AdapterPool,
-        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-        mixtures: Sequence[Mapping[str, float]],
-        batch_size: int,
-    ) -> list[Scored]:
-        """Many completions, each after its own prompt and under its own mixture; errors as `continued_rows`."""
-        return score_pairs(self.model, self.prompts, self._mixer, pool, pairs, mixtures, batch_size)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 MAX_TOKENS = 16_384
 MAX_LOGITS = 2**29
 
+# Token ids of a prompt and of its completion.
+Pair = tuple[Sequence[int], Sequence[int]]
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -95,7 +98,7 @@ def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Promp
 
 
 def continued_rows(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pairs: Sequence[Pair],
     mixtures: Sequence[Mapping[str, float]],
     context: int | None = None,
     apart: bool = False,
@@ -131,7 +134,7 @@ def score_pairs(
     prompts: Prompts,
     mixer: Mixer,
     pool: AdapterPool,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pairs: Sequence[Pair],
     mixtures: Sequence[Mapping[str, float]],
     batch_size: int,
 ) -> list[Scored]:
@@ -168,7 +171,7 @@ def score_pairs(
     return [scored[number] for number in range(len(pairs))]
 
 
-def _check_pairs(prompts: Prompts, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+def _check_pairs(prompts: Prompts, pairs: Sequence[Pair]) -> None:
     """Raises UsageError unless pairs consist of tokens that the model knows."""
     for number, (prompt, completion) in enumerate(pairs, start=1):
         tokens: list[Any] = [*prompt, *completion]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 from logo.adapters.pool import AdapterPool
 from logo.selection.scorer import Scorer
-from logo.selection.settings import SelectionSettings
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,6 @@ class EngineState:
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     earlier: Mapping[str, Scorer] = field(default_factory=dict)
     carried: tuple[str, ...] | None = None
-
-    def scorer(self, signal: str, settings: SelectionSettings) -> Scorer | None:
-        """The scorer of a signal; None: there is none, or another signal has taken the name since."""
-        scorer = self.scorers.get(signal)
-        return scorer if scorer is not None and scorer.signal == settings.reading(self.fitted, signal) else None
 
     def with_scorer(self, signal: str, scorer: Scorer) -> EngineState:
         """The same state with a scorer of a signal."""

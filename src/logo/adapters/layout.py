@@ -67,10 +67,7 @@ class BaseLayout:
         uncalled = _UNCALLED.get(getattr(getattr(model, "config", None), "model_type", ""), ())
         linear = {path: linear_shape(module) for path, module in linear_modules(model) if not path.endswith(uncalled)}
         shapes = {path: shape for path, shape in linear.items() if shape is not None}
-        try:
-            tokens = model.get_input_embeddings()  # type: ignore[operator]
-        except (AttributeError, NotImplementedError):  # of a plain module, and of a model of transformers without one
-            tokens = None
+        tokens = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
         embeddings = {
             path: LinearShape(module.num_embeddings, module.embedding_dim)
             for path, module in model.named_modules()

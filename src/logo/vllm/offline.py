@@ -11,7 +11,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -25,7 +25,7 @@ from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, CurrentPool, open_pool, warn_of_bad
 from logo.adapters.sources import OnBadAdapter, pool_sources, spec_of
 from logo.answering import AnsweringEngine
-from logo.core import Generation, Prompt, Selection
+from logo.core import AnswerOptions, Generation, Options, Selection
 from logo.decoding import Batch, Decoding, overflow
 from logo.endings import cut_after_end, end_tokens
 from logo.errors import LoGoError, ModelError, PoolError, UsageError, need
@@ -41,7 +41,7 @@ from logo.models import (
     resolve_base,
 )
 from logo.prompts import Prompts, Truncation
-from logo.scoring import Scored, checked_nll, continued_rows
+from logo.scoring import Pair, Scored, checked_nll, continued_rows
 from logo.selection.plan import plan
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import SIGNALS
@@ -57,7 +57,6 @@ from logo.vllm.sampling import check_config, parameters, refused
 from logo.vllm.skeleton import skeleton
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
     from transformers.generation.streamers import BaseStreamer
 
 T = TypeVar("T")
@@ -311,28 +310,22 @@ class VllmLoGo(AnsweringEngine):
         self,
         state: EngineState,
         scorer: Any,
-        rows: Sequence[Prompt],
+        probed: Sequence[Sequence[int]],
         candidates: Sequence[Collection[str] | None],
         batch_size: int,
     ) -> torch.Tensor:
-        probed = [row.ids if state.probes_all else row.probed for row in rows]
         scores: list[list[float]] = []
-        for start in range(0, len(rows), _PROBED):
+        for start in range(0, len(probed), _PROBED):
             part = slice(start, start + _PROBED)
             scores += _wait(self.engine.scores(self.engine.served, scorer.name, probed[part], candidates[part]))
         return torch.tensor(scores, dtype=torch.float32)
 
     # -- answering -----------------------------------------------------------------------------------------------
 
-    def _config(
-        self, config: GenerationConfig | None, max_new_tokens: int | None, options: Mapping[str, Any]
-    ) -> GenerationConfig:
-        complete = super()._config(config, max_new_tokens, options)
-        check_config(complete)
-        return complete
-
-    def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
-        return [range(len(rows))]
+    def _checked(self, state: EngineState, adapters: object, options: AnswerOptions) -> tuple[Options, Decoding]:
+        call, decoding = super()._checked(state, adapters, options)
+        check_config(decoding.config)
+        return call, decoding
 
     def _stream(self, batch: Batch) -> Stream:
         def pieces() -> Iterator[str]:
@@ -392,7 +385,7 @@ class VllmLoGo(AnsweringEngine):
     def _scored(
         self,
         pool: AdapterPool,
-        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        pairs: Sequence[Pair],
         mixtures: Sequence[Mapping[str, float]],
         batch_size: int,
     ) -> list[Scored]:
