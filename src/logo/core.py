@@ -64,8 +64,8 @@ class CallOptions(TypedDict, total=False):
     when_unsure: WhenUnsure | None
 
 
-class AnswerOptions(TypedDict, total=False):
-    """What a caller may say about one answer: all of `CallOptions`, and how the answer is decoded.
+class AnswerOptions(CallOptions, total=False):
+    """What a caller may say about one answer: how it is selected, and how it is decoded.
 
     Attributes:
         max_new_tokens: default: that of the generation config, else the smaller of 256 and half of the context.
@@ -77,12 +77,6 @@ class AnswerOptions(TypedDict, total=False):
             do not know them here.
     """
 
-    k: int | None
-    signal: str | None
-    weighting: Weighting | None
-    candidates: str | Collection[str] | None
-    prior: float | None
-    when_unsure: WhenUnsure | None
     max_new_tokens: int | None
     generation_config: GenerationConfig | None
     stop: str | Collection[str]

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,6 @@ from logo.endings import (
     at_texts,
     cut_after_end,
     cut_at,
-    cut_pieces,
     end_tokens,
 )
 from logo.errors import LoGoError, NotFinite, UsageError, check_type, closest, listed
@@ -369,24 +368,14 @@ class Decoder:
         return batch.decoding.generations(self.prompts.tokenizer, continued, batch.selections, seconds)
 
     def stream(self, batch: Batch) -> Stream:
-        """The text of the continuation of one row in pieces, up to a stop text, while another thread generates it.
-
-        What is cached of the prompt when this is called is there when the stream begins, however much later.
-        """
-        [row] = batch.rows
-        cache = self.prefix_cache if self._reads_ahead(batch.pool, batch.decoding.config) else None
-        end = earliest(batch.pool.activations, row)
-        pages = [] if cache is None else cache.find(row, end)
-        cleared = 0 if cache is None else cache.cleared
+        """The text of the continuation of one row in pieces, up to a stop text, while another thread generates it."""
 
         def generate(streamer: BaseStreamer, left: StoppingCriteria) -> None:
-            with nullcontext() if cache is None else cache.held():
-                if cache is not None and cache.cleared == cleared:
-                    cache.put_back(row, end, pages)
-                self._continue(batch, left, streamer=streamer)
+            self._continue(batch, left, streamer=streamer)
 
-        answer = BackgroundAnswer(Text(self.prompts.tokenizer), lock_of(self.model), generate)
-        return Stream(cut_pieces(answer.pieces(), batch.decoding.stop), answer.begin, answer.end)
+        text = Text(self.prompts.tokenizer, batch.decoding.stop)
+        answer = BackgroundAnswer(text, lock_of(self.model), generate)
+        return Stream(answer.pieces(), answer.begin, answer.end)
 
     def _continue(
         self, batch: Batch, *criteria: StoppingCriteria, streamer: BaseStreamer | None = None

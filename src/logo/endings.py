@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from logo.core import FinishReason
@@ -121,15 +121,3 @@ class StopTexts:
         piece = self.text[self._passed : end]
         self._passed = max(self._passed, end)
         return piece
-
-
-def cut_pieces(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The pieces of a text up to the first stop text, none of them empty."""
-    text = StopTexts(stops)
-    for piece in pieces:
-        passed = text.push(piece)
-        if passed:
-            yield passed
-    last = text.finish()
-    if last:
-        yield last

@@ -120,7 +120,8 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], expecte
 def check_choice(name: str, value: object, choice: Any) -> None:
     """Raises UsageError unless a value is one of those of a `Literal`."""
     if value not in get_args(choice):
-        raise UsageError(f"{name}: expected one of {', '.join(get_args(choice))}, found {value!r:.60}")
+        choices = get_args(choice)
+        raise UsageError(f"{name}: expected one of {', '.join(choices)}, found {value!r:.60}{closest(value, choices)}")
 
 
 def need(user: str, *modules: str, extra: str | None = None) -> None:

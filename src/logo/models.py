@@ -153,14 +153,6 @@ class ModelLock:
         """Whether this thread holds the lock."""
         return bool(self.lock._is_owned())  # type: ignore[attr-defined]  # as `threading.Condition` asks
 
-    def check_free(self) -> None:
-        """Raises UsageError if this thread holds it, so that waiting for another thread that takes it would not end."""
-        if self.held_here:
-            raise UsageError(
-                "the model is answering in this thread, and a stream, which answers in another one, would wait for "
-                "that for ever: read it once the answer is complete"
-            )
-
     @contextmanager
     def running(self, *, mixed: bool = False) -> Iterator[None]:
         """Holds the lock while the model runs, with the mixture that the block activates or (`mixed` false) without.
@@ -206,22 +198,18 @@ class WeightWatch:
     def stamp(self) -> Hashable:
         """Differs from an earlier one if the weights were changed meanwhile. No mixture may be active, since a merged
         one has weights of its own."""
-        parameters: list[Any] = [held.get(name) for held, name in self._places]
-        try:
-            written = [parameter._version for parameter in parameters]
-            places = [parameter.data_ptr() for parameter in parameters]
-        except (AttributeError, RuntimeError):  # some are not there any more, quantised, or count nothing
-            return tuple(map(self._stamp_of, parameters))
-        return tuple(written), tuple(places)
-
-    @staticmethod
-    def _stamp_of(parameter: Any) -> Hashable:
         from torch import nn
 
-        if type(parameter) is not nn.Parameter:
-            return id(parameter)
-        written = None if parameter.is_inference() else parameter._version
-        return written, parameter.data_ptr()
+        stamps: list[Hashable] = []
+        for held, name in self._places:
+            parameter = held.get(name)
+            if type(parameter) is not nn.Parameter:  # it is not there any more, or quantised
+                stamps.append(id(parameter))
+            elif parameter.is_inference():  # writes to it are not counted
+                stamps.append(parameter.data_ptr())
+            else:
+                stamps.append((parameter._version, parameter.data_ptr()))
+        return tuple(stamps)
 
 
 def droppers(model: PreTrainedModel) -> list[nn.Module]:

@@ -7,18 +7,19 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from logo import plugins
 from logo.adapters.pool import DEFAULT_K, AdapterPool, CurrentPool, officially_named
 from logo.adapters.sources import OnBadAdapter, PoolOptions, parse_sources, pool_sources, spec_of
-from logo.errors import UsageError, check_type, closest
+from logo.errors import UsageError, check_choice, check_type
 from logo.models import load_base
 from logo.prompts import Truncation
 from logo.selection.settings import SelectionSettings
 
 T = TypeVar("T")
 Preset = Literal["official"]
+Engine = Literal["local", "vllm"]
 OFFICIAL_TRUNCATION = Truncation(2048, "right")
 LOCAL = "local"
 # Engines beside the one of this process: name -> the module with `open_engine`. These modules are above this one and
@@ -47,8 +48,9 @@ def opened(
     """See `LoGo.from_pretrained`; `make` is the class of the engine."""
     plugins.load_installed()
     base_model = _checked_name(base_model)
-    _check_choice("preset", preset, (*get_args(Preset), None))
-    _check_choice("engine", engine, (LOCAL, *ENGINES))
+    if preset is not None:
+        check_choice("preset", preset, Preset)
+    check_choice("engine", engine, Engine)
     official = preset == "official"
     if official and engine != LOCAL:
         raise UsageError("preset 'official' probes as the authors' script does: use the engine 'local'")
@@ -87,13 +89,6 @@ def _checked_name(base_model: str | os.PathLike[str]) -> str:
         raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
     check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
     return os.fspath(base_model)
-
-
-def _check_choice(option: str, value: str | None, choices: Sequence[str | None]) -> None:
-    if value not in choices:
-        expected = ", ".join(map(repr, choices))
-        hint = closest(str(value), [choice for choice in choices if choice is not None])
-        raise UsageError(f"{option}: expected one of {expected}, found {value!r}{hint}")
 
 
 def _opened_elsewhere(

@@ -66,7 +66,6 @@ class PrefixCache:
 
     Attributes:
         bytes: what the pages take now.
-        cleared: how often `clear` was called; pages from before the last time must not be put back.
         found, read: since the start, tokens of prompts that were in the cache, and that the base model had to read.
     """
 
@@ -74,7 +73,6 @@ class PrefixCache:
         self.model = model
         self.budget = budget
         self.bytes = 0
-        self.cleared = 0
         self.found = 0
         self.read = 0
         self._pages: OrderedDict[bytes, Page] = OrderedDict()
@@ -96,7 +94,6 @@ class PrefixCache:
         """Drops all pages, after the base model has changed."""
         self._pages.clear()
         self.bytes = 0
-        self.cleared += 1
 
     def find(self, row: Sequence[int], end: int) -> list[Page]:
         """The cached pages of the first `end` tokens of a row, without a gap from the first token on."""
@@ -110,13 +107,6 @@ class PrefixCache:
             if key in self._pages:
                 self._pages.move_to_end(key)
         return list(pages.values())
-
-    def put_back(self, row: Sequence[int], end: int, pages: Sequence[Page]) -> None:
-        """Keeps the first pages of a row, unless they are there; inside `held`, or they may be dropped at once."""
-        for key, page in zip(_keys(row, end), pages, strict=False):
-            if key not in self._pages:
-                self._pages[key] = page
-                self.bytes += page.bytes
 
     def extend(
         self, rows: Sequence[Sequence[int]], ends: Sequence[int], forward: Forward | None = None, *, fresh: bool = False
@@ -164,7 +154,10 @@ class PrefixCache:
                 columns = slice(pad + start, pad + min(end, start + PAGE))
                 layers = [(layer.keys[i, :, columns], layer.values[i, :, columns]) for layer in cache.layers]
                 pages.append(Page([(keys.clone(), values.clone()) for keys, values in layers]))
-            self.put_back(row, end, pages)
+            for key, page in zip(_keys(row, end), pages, strict=True):
+                if key not in self._pages:
+                    self._pages[key] = page
+                    self.bytes += page.bytes
             self.find(row, end)  # marks them as used
 
     def cache(self, rows: Sequence[Sequence[int]], ends: Sequence[int], counts: Sequence[int]) -> DynamicCache:

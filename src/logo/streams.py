@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from logo.errors import UsageError
 from logo.models import ModelLock
 from logo.text import Text
 
@@ -91,9 +92,12 @@ class BackgroundAnswer:
         self._failure: BaseException | None = None
 
     def begin(self) -> None:
-        """Begins the generation. Raises UsageError: this thread holds the lock, for which the other one would wait for
-        ever."""
-        self._lock.check_free()
+        """Begins the generation. Raises UsageError: this thread holds the lock, for which the other one would wait."""
+        if self._lock.held_here:
+            raise UsageError(
+                "the model is answering in this thread, and a stream, which answers in another one, would wait for "
+                "that for ever: read it once the answer is complete"
+            )
         thread = threading.Thread(target=self._work, name="logo-stream", daemon=True)
         thread.start()
         self._thread = thread  # only now, since `end` joins it

@@ -294,25 +294,19 @@ def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: 
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     batches = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
     parts = [_read_batch(probe, [rows[number] for number in batch], signal) for batch in batches]
-    owners = torch.cat([torch.tensor(batch)[part.owners] for batch, part in zip(batches, parts, strict=True)])
-    acted = torch.cat([part.acted for part in parts if part.acted is not None]) if parts[0].acted is not None else None
-    whole: dict[int, Tensor] = {}  # by the tensor of the first batch, which points may share
-    for number, first in enumerate(parts[0].hidden):
-        if id(first) not in whole:
-            whole[id(first)] = torch.cat([part.hidden[number] for part in parts])
-        yield HiddenVectors(whole[id(first)], owners, acted)
+    whole: dict[int, HiddenVectors] = {}  # by the tensor of the first batch, which points may share
+    for of_point in zip(*parts, strict=True):
+        first = of_point[0]
+        if id(first.hidden) not in whole:
+            owners = [torch.tensor(batch)[part.owners] for batch, part in zip(batches, of_point, strict=True)]
+            acted = [part.acted for part in of_point if part.acted is not None]
+            hidden = torch.cat([part.hidden for part in of_point])
+            whole[id(first.hidden)] = HiddenVectors(hidden, torch.cat(owners), torch.cat(acted) if acted else None)
+        yield whole[id(first.hidden)]
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """What is read of a batch of texts: `hidden` (vectors, d) per point; as `HiddenVectors`, `owners` and `acted`."""
-
-    hidden: list[Tensor]
-    owners: Tensor
-    acted: Tensor | None
-
-
-def _read_batch(probe: Probe, rows: Sequence[Sequence[int]], signal: Signal) -> _Batch:
+def _read_batch(probe: Probe, rows: Sequence[Sequence[int]], signal: Signal) -> list[HiddenVectors]:
+    """What is read of a batch of texts, whose numbers in it are the owners, at each point."""
     device = input_device(probe.model)
     ids, mask = padded(rows, device)
     width = ids.shape[1]
@@ -320,13 +314,15 @@ def _read_batch(probe: Probe, rows: Sequence[Sequence[int]], signal: Signal) -> 
     begins = [int(len(row) > 1) if tail else signal.begin(row) for row in rows]
     picked, owners = pick(begins, list(map(len, rows)), width)
     hidden = probe(ids, mask, picked.to(device))
+    acted = None
     if tail:
         acts = torch.tensor([earliest(signal.activations, row) for row in rows])
-        return _Batch(hidden, owners, picked % width >= acts[owners])
+        acted = picked % width >= acts[owners]
     if signal.token == "mean":
         means = {id(vectors): row_means(vectors, owners, len(rows)) for vectors in hidden}
-        return _Batch([means[id(vectors)] for vectors in hidden], torch.arange(len(rows)), None)
-    return _Batch(hidden, owners, None)
+        hidden = [means[id(vectors)] for vectors in hidden]
+        owners = torch.arange(len(rows))
+    return [HiddenVectors(vectors, owners, acted) for vectors in hidden]
 
 
 def _weight_norms(reading: Reading, points: Sequence[Point]) -> tuple[float, ...]:
