@@ -19,7 +19,8 @@ from torch import nn
 import test_serve_engine as serving
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
+from logo.adapters.activation import EVERYWHERE, Activation, earliest, last_occurrence
+from logo.adapters.adapter import open_adapter
 from logo.adapters.layout import BaseLayout
 from logo.api.names import MixtureRequest
 from logo.errors import AdapterError, PoolError, StorageError, UsageError
@@ -85,12 +86,14 @@ def test_what_is_no_activation(text: Any) -> None:
         Activation.parse(text)
 
 
-def test_what_a_user_forces() -> None:
-    assert acting(Activation((1,)), "last:2") == Activation(last=2)
-    assert acting(Activation((1,)), "everywhere") == EVERYWHERE
-    assert acting(Activation((1,)), "invocation") == Activation((1,))
-    with pytest.raises(UsageError, match="no invocation tokens"):
-        acting(EVERYWHERE, "invocation")
+def test_what_a_user_forces(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", alora_invocation_tokens=[1])
+    trained = open_adapter(folder)
+    assert trained.acting("last:2").activation == Activation(last=2)
+    assert trained.acting("everywhere").activation == EVERYWHERE
+    assert trained.acting("invocation").activation == trained.acting(None).activation == Activation((1,))
+    with pytest.raises(AdapterError, match="no invocation tokens"):
+        trained.acting("everywhere").acting("invocation")
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------

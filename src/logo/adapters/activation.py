@@ -93,16 +93,6 @@ def check_forced(forced: str | None) -> None:
         Activation.parse(forced)
 
 
-def acting(activation: Activation, forced: str | None) -> Activation:
-    """An adapter's activation, changed as a user wants it for all adapters of a pool; None changes nothing.
-
-    `forced` is `"everywhere"`, `"last:N"`, or `"invocation"`: no change, but UsageError without invocation tokens.
-    """
-    if forced == "invocation" and not activation.tokens:
-        raise UsageError("activation invocation: an adapter has no invocation tokens (alora_invocation_tokens)")
-    return activation if forced is None or forced == "invocation" else Activation.parse(forced)
-
-
 def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
     """The first position of a prompt at which any adapter of a pool acts, before which the base model alone reads; the
     last position if none acts."""

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from logo.adapters.activation import EVERYWHERE, Activation, acting, noted
+from logo.adapters.activation import EVERYWHERE, Activation, noted
 from logo.adapters.examples import examples_text, folder_examples
 from logo.adapters.layout import BaseLayout, core_path
 from logo.adapters.peft import (
@@ -27,7 +27,7 @@ from logo.adapters.peft import (
     read_raw,
     unreadable,
 )
-from logo.errors import AdapterError, UsageError, is_out_of_memory
+from logo.errors import AdapterError, is_out_of_memory
 from logo.identity import adapter_digest, adapter_key
 from logo.models import tensor_of
 
@@ -150,12 +150,20 @@ class Adapter:
         return replace(self, modules=fitted, copies={})
 
     def acting(self, forced: str | None) -> Adapter:
-        """The fitted adapter with the activation that a user wants; see `logo.adapters.activation.acting`. Raises
-        AdapterError if it lacks invocation tokens, or adapts a module on which this activation cannot be computed."""
-        try:
-            adapter = self if forced is None else replace(self, activation=acting(self.activation, forced))
-        except UsageError as error:
-            raise AdapterError(self.name, str(error)) from error
+        """The fitted adapter, acting as a user wants all adapters of a pool to act.
+
+        Args:
+            forced: `"everywhere"`, `"last:N"`, or `"invocation"`: as it was trained to act, which has to be from its
+                invocation tokens on; None: as it was trained to act.
+
+        Raises:
+            AdapterError: it lacks invocation tokens, or adapts a module on which this activation cannot be computed.
+        """
+        if forced == "invocation" and not self.activation.tokens:
+            raise AdapterError(self.name, "it has no invocation tokens (alora_invocation_tokens) from which to act")
+        adapter = self
+        if forced is not None and forced != "invocation":
+            adapter = replace(self, activation=Activation.parse(forced))
         # Models with latent attention (DeepSeek V2) apply this module to all cached tokens again in every step.
         repeated = next((path for path in adapter.modules if path.endswith(".kv_b_proj")), None)
         if repeated is not None and not adapter.activation.everywhere:

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -180,6 +180,17 @@ class _Search:
             return _path(self.source.where, path)
         return path.removeprefix(self.source.below).strip("/") or own_name(Path(self.source.where, path))
 
+    def open(self, root: Path, path: str, siblings: Collection[str], allow_pickle: bool) -> Adapter:
+        """The adapter in a folder of the source, whose own folder is `root`, beside which there are others."""
+        below = _path(self.source.below, path)
+        name = self.name(below)
+        if not self.named:
+            _check_not_left_out(name, path, siblings)
+        if not self.source.on_hub:
+            return open_adapter(root / below, name, allow_pickle=allow_pickle)
+        adapter = open_adapter(root / below, name, allow_pickle=allow_pickle, top=root)
+        return replace(adapter, source=_path(self.source.where, below), revision=root.name)
+
 
 def default_k(sources: Sequence[Source], otherwise: int) -> int:
     """Adapters per prompt of the pool of these sources, which is not opened; of a repository, `pool.json` is read."""
@@ -220,7 +231,9 @@ def gather(
     searches = [search for source in sources for search in _searches(source, full=len(sources) > 1)]
     skip = skip and len(searches) > 1
     snapshots = _fetch(searches, allow_pickle, skip, download)
-    gathering = _Gathering(allow_pickle, verify)
+    adapters: dict[str, Adapter] = {}
+    refused: list[AdapterError] = []
+    total_size = 0
     top = Path(sources[0].where)
     for search in searches:
         source = search.source
@@ -232,50 +245,23 @@ def gather(
         except (HubError, StorageError, PoolError) as error:
             if search.entry is None and not (skip and source.on_hub):
                 raise
-            gathering.refused.append(AdapterError(search.name(source.below), str(error)))
+            refused.append(AdapterError(search.name(source.below), str(error)))
             continue
         for bad in walk.bad:
-            gathering.refused.append(type(bad)(search.name(_path(source.below, bad.name)), bad.reason))
+            refused.append(type(bad)(search.name(_path(source.below, bad.name)), bad.reason))
         for path in paths:
-            gathering.add(search, root, path, paths)
-    return list(gathering.adapters.values()), gathering.refused, _noted_k(sources, top)
-
-
-@dataclass
-class _Gathering:
-    """The adapters of some sources, as they are opened one after the other.
-
-    Attributes:
-        verify: whether their tensors are read; None: as long as their files together are small.
-        adapters: by name.
-        size: bytes of the files of all.
-    """
-
-    allow_pickle: bool
-    verify: bool | None
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    refused: list[AdapterError] = field(default_factory=list)
-    size: int = 0
-
-    def add(self, search: _Search, root: Path, path: str, siblings: Collection[str]) -> None:
-        """Opens the adapter in a folder of a source, beside which there are others; or notes why it cannot be used."""
-        below = _path(search.source.below, path)
-        name = search.name(below)
-        try:
-            if not search.named:
-                _check_not_left_out(name, path, siblings)
-            top = root if search.source.on_hub else None
-            adapter = open_adapter(root / below, name, allow_pickle=self.allow_pickle, top=top)
-            if name in self.adapters:
-                raise AdapterError(name, f"{self.adapters[name].folder} has the same name; rename one of them")
-            self.size += adapter.size
-            if self.size <= _VERIFY_UP_TO if self.verify is None else self.verify:
-                adapter.verify()
-            if search.source.on_hub:
-                adapter = replace(adapter, source=_path(search.source.where, below), revision=root.name)
-            self.adapters[name] = adapter if search.entry is None else search.entry.checked(adapter)
-        except AdapterError as error:
-            self.refused.append(error)
+            try:
+                adapter = search.open(root, path, paths, allow_pickle)
+                if adapter.name in adapters:
+                    where = adapters[adapter.name].folder
+                    raise AdapterError(adapter.name, f"{where} has the same name; rename one of them")
+                total_size += adapter.size
+                if total_size <= _VERIFY_UP_TO if verify is None else verify:
+                    adapter.verify()
+                adapters[adapter.name] = adapter if search.entry is None else search.entry.checked(adapter)
+            except AdapterError as error:
+                refused.append(error)
+    return list(adapters.values()), refused, _noted_k(sources, top)
 
 
 def _check_not_left_out(name: str, path: str, siblings: Collection[str]) -> None:
