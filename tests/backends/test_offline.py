@@ -324,7 +324,7 @@ def test_a_pool_that_changes_is_refused(inside: Any, pool: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"engine": "vlm"}, r"engine: expected one of 'local', 'vllm', found 'vlm' \(did you mean 'vllm'\?\)"),
+        ({"engine": "vlm"}, r"engine: expected one of local, vllm, found 'vlm' \(did you mean 'vllm'\?\)"),
         ({"probe_context": "pool", "signal": "norm"}, "inside vLLM prompts are probed by the base model alone"),
         ({"device": "cpu"}, "device: the engine 'vllm' has no such option"),
         ({"adapter_memory_gb": 1.0}, "adapter_memory_gb: the engine 'vllm' has no such option"),
