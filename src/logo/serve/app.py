@@ -129,14 +129,10 @@ class _Api:
         logged = getattr(request.state, "logged", {})
         logged["model"] = plain(body.model)
         mixture_request = self._models(request).mixture_request(body.model, body.logo)
-        size = len(await request.body())
+        count = body.n if isinstance(body, bodies.ChatRequest) else body.n * len(body.prompts)
         with ExitStack() as held:
-            if isinstance(body, bodies.ChatRequest):
-                held.enter_context(self.service.admitted(body.n))
-                prompts = await self.reader.conversation(body, size)
-            else:
-                held.enter_context(self.service.admitted(len(body.prompts) * body.n))
-                prompts = await self.reader.texts(body.prompts, size)
+            held.enter_context(self.service.admitted(count))
+            prompts = await self.reader.prompts(body, len(await request.body()))
             logged["prompt_tokens"] = sum(map(len, prompts))
             most_tokens = self.reader.most_tokens(body, prompts)
             sampling = Sampling(most_tokens, body.temperature, body.top_p, body.seed)
@@ -160,12 +156,8 @@ class _Api:
         mixture) and the number of the prompt's tokens."""
         began = time.perf_counter()
         mixture_request = self._models(request).mixture_request(body.model, body.logo)
-        size = len(await request.body())
         with self.service.admitted():
-            if body.prompt is None:
-                prompts = await self.reader.conversation(body, size)
-            else:
-                prompts = await self.reader.texts([body.prompt], size)
+            prompts = await self.reader.prompts(body, len(await request.body()))
             self.reader.most_tokens(body, prompts)  # raises where no answer would fit
             [mixture] = await self.answering.choose(
                 prompts, mixture_request, began, getattr(request.state, "logged", {})
