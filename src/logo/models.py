@@ -35,6 +35,10 @@ _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 
 
+class PassEnded(Exception):
+    """Ends a forward pass of a model, of which nothing more is needed."""
+
+
 def resolve_base(name: str, model_dir: str | Path | None = None) -> str:
     """The folder or Hub id of a base model: `"demo"` is the bundled model, `model_dir/name` is used if it exists, and
     the official short names stand for their Hub ids. Raises ModelError for anything else."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from logo.models import input_device, text_config
+from logo.models import PassEnded, input_device, text_config
 
 # Tokens of a whole page. Prompts share whole pages, so up to so many tokens of a common beginning are read again.
 PAGE = 16
@@ -34,12 +34,8 @@ _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLa
 Forward = Callable[[Tensor, Tensor, DynamicCache, dict[str, Any]], Any]
 
 
-class _Stop(Exception):
-    """Ends a forward pass at the model's head."""
-
-
 def _stop(*args: Any) -> None:
-    raise _Stop
+    raise PassEnded
 
 
 @dataclass(frozen=True)
@@ -108,9 +104,7 @@ class PrefixCache:
                 self._pages.move_to_end(key)
         return list(pages.values())
 
-    def extend(
-        self, rows: Sequence[Sequence[int]], ends: Sequence[int], forward: Forward | None = None, *, fresh: bool = False
-    ) -> Any:
+    def extend(self, rows: Sequence[Sequence[int]], ends: Sequence[int], forward: Forward | None = None) -> Any:
         """Runs the base model over the tokens of each row that are not in the cache, and keeps their keys and values.
 
         A beginning that all rows share is read once, before the rest. Returns what `forward` returns.
@@ -119,13 +113,12 @@ class PrefixCache:
             rows: token ids; of each row at least one token is not in the cache.
             ends: how many tokens of each row are kept.
             forward: runs the model on the rest, each row's from the first column on; None: for keys and values alone.
-            fresh: read all tokens, also those that are in the cache.
         """
         with self.held():
-            shared = 0 if fresh or len(rows) == 1 else _shared(rows, ends)
+            shared = 0 if len(rows) == 1 else _shared(rows, ends)
             if shared and any(_count(self.find(row, shared)) < shared for row in rows):
                 self.extend([rows[0][:shared]], [shared])
-            cached = [[] if fresh else self.find(row, end) for row, end in zip(rows, ends, strict=True)]
+            cached = list(map(self.find, rows, ends))
             counts = list(map(_count, cached))
             ids, mask = _behind(rows, counts)
             device = input_device(self.model)
@@ -178,7 +171,7 @@ class PrefixCache:
         """Runs the base model up to its head, which has nothing to add to keys and values; see `Forward`."""
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         options = {"use_cache": True, cache_argument(self.model) or "": cache, **options}
-        with suppress(_Stop), ExitStack() as stack:
+        with suppress(PassEnded), ExitStack() as stack:
             if head is not None:
                 stack.callback(head.register_forward_pre_hook(_stop).remove)
             self.model(input_ids=ids, attention_mask=mask, **options)

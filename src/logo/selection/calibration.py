@@ -37,7 +37,7 @@ from logo.selection.index import IndexRequest, ScoringIndex, read_indices
 from logo.selection.plan import Plan
 from logo.selection.points import Point
 from logo.selection.probe import Probe, pick
-from logo.selection.reference import FADING, both_means, choose, contrast, emphasis, finished, row_means
+from logo.selection.reference import FADING, both_means, choose, contrast, emphasis, finished
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
@@ -318,10 +318,6 @@ def _read_batch(probe: Probe, rows: Sequence[Sequence[int]], signal: Signal) -> 
     if tail:
         acts = torch.tensor([earliest(signal.activations, row) for row in rows])
         acted = picked % width >= acts[owners]
-    if signal.token == "mean":
-        means = {id(vectors): row_means(vectors, owners, len(rows)) for vectors in hidden}
-        hidden = [means[id(vectors)] for vectors in hidden]
-        owners = torch.arange(len(rows))
     return [HiddenVectors(vectors, owners, acted) for vectors in hidden]
 
 

@@ -15,12 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from logo.errors import ModelError
+from logo.models import PassEnded
 from logo.selection.points import Point
 from logo.selection.signals import ProbeInput
-
-
-class _Stop(Exception):
-    """Ends the forward pass once everything has been read."""
 
 
 class Probe:
@@ -74,7 +71,7 @@ class Probe:
                 latest[:] = entering, flat.index_select(0, picked.to(flat.device)).float()
             hidden[place] = latest[1]
             if self._run is None and len(hidden) == len(self._modules):
-                raise _Stop
+                raise PassEnded
 
         with ExitStack() as stack:
             for place, module in self._modules.items():
@@ -83,7 +80,7 @@ class Probe:
             if self._run is not None and cache is not None:
                 self._run(input_ids, attention_mask, cache, options or {})
             else:
-                with suppress(_Stop):
+                with suppress(PassEnded):
                     self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         missing = ", ".join(place for place in self._modules if place not in hidden)
         if missing:

@@ -268,11 +268,7 @@ class Scorer:
             else:  # tokens on which adapters act are never cached
                 ends = [earliest(signal.activations, row) for row in rows]
                 read = partial(self._read_uncached, rows)
-                hidden, owners = self.prefix_cache.extend(rows, ends, read, fresh=signal.token == "mean")
-            if signal.token == "mean":
-                means = {id(vectors): row_means(vectors, owners, len(rows)) for vectors in hidden}
-                hidden = [means[id(vectors)] for vectors in hidden]
-                owners = torch.arange(len(rows))
+                hidden, owners = self.prefix_cache.extend(rows, ends, read)
             weights, sums = emphasis(owners, len(rows))
             device = self.indices[0].stacked.device
             responses = torch.cat([signal(place.index, hidden[place.first]).to(device) for place in self.places], dim=1)

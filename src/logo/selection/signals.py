@@ -21,7 +21,7 @@ from logo.selection.index import ScoringIndex
 from logo.selection.texts import WHOLE, Window
 
 ProbeInput = Literal["residual", "projection"]
-ProbeToken = Literal["last", "mean", "each", "tail"]
+ProbeToken = Literal["last", "each", "tail"]
 Scale = Literal["raw", "zscore", "whitened"]
 Layers = Literal["last", "early"]
 
@@ -59,9 +59,9 @@ class Signal:
         score: one score per hidden vector and adapter.
         layers: `"last"`, the query projection of the last layer, or `"early"`, all adapted modules of the first half.
         input: see `logo.selection.probe.Probe`.
-        token: `"last"`, the vector of the last prompt token; `"mean"`, the mean over all prompt tokens; `"each"`, the
-            vectors of all prompt tokens but the first; or `"tail"`, those of the tokens on which adapters act. With the
-            last two, scores are averaged over the tokens.
+        token: `"last"`, the vector of the last prompt token; `"each"`, the vectors of all prompt tokens but the first;
+            or `"tail"`, those of the tokens on which adapters act. With the last two, scores are averaged over the
+            tokens.
         scale: what responses are compared with: `"raw"`, those of others; `"zscore"`, the adapter's own responses to
             neutral text; `"whitened"`, likewise, of whitened hidden vectors.
         chosen: use the points on which this pool's adapters differ most, instead of all.
@@ -97,7 +97,7 @@ class Signal:
         """
         if self.token == "last":
             return len(ids) - 1
-        begin = int(self.token != "mean" and len(ids) > 1)
+        begin = int(len(ids) > 1)
         return max(begin, earliest(self.activations, ids)) if self.token == "tail" else begin
 
     def __call__(self, index: ScoringIndex, hidden: Tensor) -> Tensor:

@@ -277,8 +277,7 @@ def _read(use: _Use, step: _Step, place: str, hidden: Tensor) -> None:
         step.keep(place, hidden)
     else:
         for i in use.points:
-            means = reader.signal.token == "mean"
-            step.add(i, hidden if means else reader.signal(reader.indices[i], hidden))
+            step.add(i, reader.signal(reader.indices[i], hidden))
         for number in use.descriptions:
             step.add(len(reader.points) + number, hidden)
     for reading in step.readings:
@@ -289,14 +288,10 @@ def _scores(reading: _PromptReading, scorer: Scorer) -> list[float]:
     """The scores of a prompt that was read whole."""
     signal = scorer.signal
     responses = [reading.means[i] for i in range(len(scorer.points))]  # (2, adapters)
-    if signal.token == "mean":
-        responses = [signal(index, mean[:1]) for index, mean in zip(scorer.indices, responses, strict=True)]
     # The readings of all points: the even ones, then the late ones.
     per_point = [finished(mean[kind : kind + 1], signal.scale) for kind in range(signal.readings) for mean in responses]
     described = 0 if reading.span.probe.plain else len(scorer.described)
     descriptions = [reading.means[len(scorer.points) + i][None] for i in range(described)]
-    if signal.token == "mean":  # where one vector of a prompt is scored, it is both means of the description
-        descriptions = [mean[:, :1].expand(-1, 2, -1) for mean in descriptions]
     read = torch.tensor([len(reading.span.prompt) - reading.first])
     scores: list[float] = scorer.score_responses(per_point, descriptions, read, [reading.span.probe.among])[0].tolist()
     return scores

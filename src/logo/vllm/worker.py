@@ -372,7 +372,7 @@ class Worker:
             acted = torch.cat([torch.arange(int(len(row) > 1), len(row)) >= begin for row, begin in pairs])
         vectors = {}
         for place in dict.fromkeys(places):
-            parts = [row[place].mean(dim=0, keepdim=True) if signal.token == "mean" else row[place] for row in rows]
+            parts = [row[place] for row in rows]
             counts = torch.tensor([len(part) for part in parts])
             vectors[place] = HiddenVectors(torch.cat(parts), torch.arange(len(parts)).repeat_interleave(counts), acted)
         return (vectors[place] for place in places)
