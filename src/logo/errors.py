@@ -119,8 +119,8 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], expecte
 
 def check_choice(name: str, value: object, choice: Any) -> None:
     """Raises UsageError unless a value is one of those of a `Literal`."""
-    if value not in get_args(choice):
-        choices = get_args(choice)
+    choices = get_args(choice)
+    if value not in choices:
         raise UsageError(f"{name}: expected one of {', '.join(choices)}, found {value!r:.60}{closest(value, choices)}")
 
 

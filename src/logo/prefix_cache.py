@@ -62,15 +62,12 @@ class PrefixCache:
 
     Attributes:
         bytes: what the pages take now.
-        found, read: since the start, tokens of prompts that were in the cache, and that the base model had to read.
     """
 
     def __init__(self, model: nn.Module, budget: int) -> None:
         self.model = model
         self.budget = budget
         self.bytes = 0
-        self.found = 0
-        self.read = 0
         self._pages: OrderedDict[bytes, Page] = OrderedDict()
         self._holding = 0
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -130,8 +127,6 @@ class PrefixCache:
                 positions = torch.tensor(counts)[:, None] + torch.arange(ids.shape[1])
                 options["position_ids"] = positions.minimum(last).to(device)
             returned = (forward or self.forward)(ids.to(device), mask.to(device), cache, options)
-            self.found += sum(counts)
-            self.read += sum(map(len, rows)) - sum(counts)
             self._keep(rows, ends, cached, cache)
             return returned
 

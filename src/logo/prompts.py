@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from logo.core import ProbeText, Prompt
-from logo.errors import PromptCut, UsageError, check_type, closest
+from logo.errors import PromptCut, UsageError, check_choice, check_type, closest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -405,8 +405,8 @@ def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> s
 
 def _probed_text(turns: Conversation, probe_text: ProbeText | None) -> str | None:
     """The text of checked messages that is probed; None if everything is."""
-    if probe_text not in (None, *get_args(ProbeText)):
-        raise UsageError(f"probe_text: expected one of {', '.join(get_args(ProbeText))}, found {probe_text!r}")
+    if probe_text is not None:
+        check_choice("probe_text", probe_text, ProbeText)
     contents = [turn["content"] for turn in turns if turn["role"] == "user" and turn["content"].strip()]
     if probe_text == "all" or not contents:
         return None

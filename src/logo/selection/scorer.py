@@ -282,11 +282,9 @@ class Scorer:
     ) -> tuple[list[Tensor], Tensor]:
         """Reads what is not cached of rows; see `PrefixCache.extend`. Returns hidden vectors and their owners."""
         width = ids.shape[1]
-        begins = []
-        ends = []
-        for row, cached in zip(rows, mask[:, : mask.shape[1] - width].sum(dim=1).tolist(), strict=True):
-            begins.append(max(0, self.signal.begin(row) - cached))
-            ends.append(len(row) - cached)
+        cached_counts = mask[:, : mask.shape[1] - width].sum(dim=1).tolist()
+        begins = [self.signal.begin(row) - cached for row, cached in zip(rows, cached_counts, strict=True)]
+        ends = [len(row) - cached for row, cached in zip(rows, cached_counts, strict=True)]
         picked, owners = pick(begins, ends, width)
         return self.probe(ids, mask, picked.to(ids.device), cache, options), owners
 

@@ -72,7 +72,7 @@ class SelectionSettings:
 
     def __post_init__(self) -> None:
         check_forced(self.activation)
-        _check_positive("k", self.k)
+        _check_k(self.k)
         check_type("unsure_below", self.unsure_below, Real, "a number")
         if not 0 <= self.unsure_below <= 1:
             raise UsageError(f"unsure_below: expected a confidence from 0 to 1, found {self.unsure_below}")
@@ -120,8 +120,8 @@ class SelectionSettings:
         names = given.get("candidates")
         candidates = None if names is None else _candidates(names, pool)
         k = given.get("k")
+        _check_k(k)
         if k is not None:
-            _check_positive("k", k)
             size = len(pool if candidates is None else candidates)
             if k > size:
                 warnings.warn(f"k is {k} but the pool has {size} adapters: all of them are used", stacklevel=3)
@@ -209,11 +209,11 @@ def _candidates(names: Any, pool: AdapterPool) -> frozenset[str]:
     return frozenset(checked_name(name, pool) for name in listed)
 
 
-def _check_positive(name: str, k: Any) -> None:
+def _check_k(k: Any) -> None:
     if k is not None:
-        check_type(name, k, Integral, "a whole number")
+        check_type("k", k, Integral, "a whole number")
         if k <= 0:
-            raise UsageError(f"number of selected adapters ({name}): expected 1 or more, found {k}")
+            raise UsageError(f"number of selected adapters (k): expected 1 or more, found {k}")
 
 
 def _check_prior(prior: Any) -> None:
