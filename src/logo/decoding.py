@@ -97,8 +97,10 @@ def call_config(
             raise UsageError(f"generation option {name!r} cannot be used here: give {_INSTEAD[name]!r} instead")
         if name not in _KNOWN:
             hint = closest(name, sorted(_KNOWN | AnswerOptions.__optional_keys__))
-            known = "k, candidates, stop, ... (`logo.core.AnswerOptions`) or an option of transformers.GenerationConfig"
-            raise UsageError(f"unknown generation option {name!r}{hint}: expected {known}")
+            expected = (
+                "one such as k, candidates or stop (`logo.core.AnswerOptions`), or of transformers.GenerationConfig"
+            )
+            raise UsageError(f"unknown generation option {name!r}{hint}: expected {expected}")
     if config is not None:
         check_type("generation_config", config, GenerationConfig, "a transformers.GenerationConfig")
     try:
