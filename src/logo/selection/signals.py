@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from logo.adapters.activation import Activation, earliest
 from logo.core import Weighting
-from logo.errors import PluginError, UsageError, check_type
+from logo.errors import PluginError, check_choice, check_type
 from logo.plugins import Registry, running
 from logo.selection.index import ScoringIndex
 from logo.selection.texts import WHOLE, Window
@@ -142,11 +142,11 @@ def register_signal(
 ) -> Callable[[_S], _S]:
     """Registers a `SignalFunction` as the signal of this name; a decorator. The other arguments are those of `Signal`.
     Raises UsageError: the name is taken, or an argument is none of its choices."""
-    kinds: tuple[Any, ...] = (Layers, ProbeInput, ProbeToken, Scale, Weighting)
-    options = {"layers": layers, "input": input, "token": token, "scale": scale, "weighting": weighting}
-    for (option, value), kind in zip(options.items(), kinds, strict=True):
-        if value not in get_args(kind):
-            raise UsageError(f"signal {name!r}: {option}: expected one of {get_args(kind)}, found {value!r}")
+    check_choice(f"signal {name!r}: layers", layers, Layers)
+    check_choice(f"signal {name!r}: input", input, ProbeInput)
+    check_choice(f"signal {name!r}: token", token, ProbeToken)
+    check_choice(f"signal {name!r}: scale", scale, Scale)
+    check_choice(f"signal {name!r}: weighting", weighting, Weighting)
 
     def add(score: _S) -> _S:
         signal = Signal(score, layers, input, token, scale, chosen, weighting, late)
