@@ -246,3 +246,38 @@ def test_slots_are_free_only_after_vllm_has_heard_that_a_client_left() -> None:
 
     asyncio.run(leave())
     assert heard == ["vLLM", "slots"]
+
+
+def test_where_tokens_are_guessed_log_probabilities_say_that_an_answer_overflows() -> None:
+    """Since vLLM does not know whose logits its marks are of; what the client has asked for stays as it is."""
+    from vllm import SamplingParams
+
+    from logo.api.errors import ApiError
+    from logo.vllm.requests import Mix
+    from logo.vllm.serving import Mixing
+
+    computed: list[int | None] = []
+
+    class Client:
+        def __init__(self, guesses: bool) -> None:
+            self.vllm_config = SimpleNamespace(speculative_config=object() if guesses else None)
+
+        async def generate(self, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            computed.append(params.logprobs)
+            for logprob in (-1.0, math.nan):
+                places = None if params.logprobs is None else [{5: SimpleNamespace(logprob=logprob)}]
+                yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=places)], metrics=None)
+
+    @asynccontextmanager
+    async def held(mixes: Sequence[Mix]) -> AsyncIterator[list[Any]]:
+        yield [None]
+
+    async def outputs(guesses: bool) -> list[Any]:
+        mixing = Mixing(Client(guesses), SimpleNamespace(held=held), [Mix(())])  # type: ignore[arg-type]
+        return [output async for output in mixing.generate({"prompt_token_ids": [1]}, asked, "r")]
+
+    asked = SamplingParams()
+    assert len(asyncio.run(outputs(False))) == 2
+    with pytest.raises(ApiError, match="logits are NaN"):
+        asyncio.run(outputs(True))
+    assert computed == [None, 0] and asked.logprobs is None

@@ -19,6 +19,7 @@ from logo.adapters.peft import EXAMPLES
 from logo.errors import LoGoError, ModelError, PoolError
 from logo.evaluation.answer import Answerer, engine_identity
 from logo.models import DEMO_FOLDER, load_base
+from logo.vllm import offline
 from test_engine import write_adapter
 from tolerances import same_scores, same_selection
 
@@ -362,10 +363,11 @@ def test_the_demo_opens_with_its_own_pool_and_number_of_adapters(
     """It reads no examples if it is told so, keeps its calibration where the library does, and takes as much memory
     for keys and values as a server."""
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    monkeypatch.setattr(offline, "CPU_CACHE_GB", 0.5)  # which is 2 elsewhere: filling that takes long
     chosen: dict[str, Any] = {"examples": "ignore", "cache": str(tmp_path)}
     made: Any = LoGo.from_pretrained("demo", engine="vllm", model_kwargs={"enforce_eager": True}, **chosen)
     with closing(made):
-        assert made.llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes == 2_000_000_000
+        assert made.llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes == 500_000_000
         assert (made.k, made.settings.k, len(made.names)) == (3, None, 16)
         local = LoGo.from_pretrained("demo", device="cpu", **chosen)
         found, expected = (engine.select("What is 7 plus 5?") for engine in (made, local))

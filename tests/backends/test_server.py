@@ -394,14 +394,36 @@ def test_two_ranks_give_the_same_answers(server: Server, logo: LoGo, rows: list[
     assert answers == [(list(one.selection.adapters), one.text.rstrip()) for one in expected]
 
 
-def test_an_answer_that_overflows_is_an_error(server: Server, logo: LoGo, tmp_path: Path) -> None:
-    """Whole or in a stream, never silent."""
+def test_an_adapter_that_overflows_changes_no_other_answer(
+    server: Server, logo: LoGo, rows: list[str], tmp_path: Path
+) -> None:
+    """Not at the same time, nor afterwards, in the blocks of keys and values that it had; and its own are errors."""
     write_adapter(tmp_path / "overflows", logo.model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
+    forced: dict[str, Any] = {"base": {"adapters": {}}, "antonym": {"adapters": {"antonym": 1.0}}, "logo": {"k": 4}}
+    expected = {
+        (model, row): answer.text.rstrip()
+        for model, options in forced.items()
+        for row, answer in zip(rows[::8], logo.generate(rows[::8], max_new_tokens=10, **options), strict=True)
+    }
+    asked = list(expected)
     assert change(server, "load", "overflows", tmp_path / "overflows")[0] == 200
+    mixed = [pair for model, row in asked for pair in ((model, row), ("overflows", row))]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda pair: completion(server, *pair), mixed))
+        assert answers[::2] == [(200, expected[pair]) for pair in asked]
+        assert {status for status, _ in answers[1::2]} == {500}
+        assert completion(server, "other", rows[0]) == (200, expected["base", rows[0]])
+        assert server.ask("/v1/logo/select", {"model": "other", "prompt": rows[0]})[1]["adapters"] == []
+        each_is_an_error(server)
+        assert change(server, "unload", "overflows")[0] == 200
+        answers = list(pool.map(lambda pair: completion(server, *pair), asked))
+    assert answers == [(200, expected[pair]) for pair in asked]
+    assert server.ask("/health")[0] == 200
+
+
+def each_is_an_error(server: Server) -> None:
+    """Each answer of an adapter that overflows, whole or in a stream, never silent."""
     asked = {"model": "logo", "prompt": "the opposite of hot is", "max_tokens": 12, "temperature": 0}
-    assert server.ask("/v1/completions", {**asked, "model": "antonym"})[0] == 200
-    base, other = (server.ask("/v1/completions", {**asked, "model": name})[1] for name in ("base", "other"))
-    assert base["choices"][0]["text"] == other["choices"][0]["text"] and other["logo"]["adapters"] == []
     for mixture in ({"overflows": 1.0}, {"antonym": 0.5, "overflows": 0.5}):
         bad = {**asked, "n": 2, "temperature": 0.5, "logo": {"adapters": mixture}}
         for limits in ({}, {"allowed_token_ids": [7, 8]}, {"structured_outputs": {"choice": ["yes", "no"]}}):
@@ -419,27 +441,3 @@ def test_an_answer_that_overflows_is_an_error(server: Server, logo: LoGo, tmp_pa
     assert kind == "event: error" and '"logo"' in events[1]
     error = json.loads(last.removeprefix("data: "))
     assert error["type"] == "error" and error["code"] == "not_finite" and "logits are NaN" in error["message"]
-    assert change(server, "unload", "overflows")[0] == 200
-
-
-def test_an_adapter_that_overflows_changes_no_other_answer(
-    server: Server, logo: LoGo, rows: list[str], tmp_path: Path
-) -> None:
-    """Not at the same time, nor afterwards, in the blocks of keys and values that it had."""
-    write_adapter(tmp_path / "overflows", logo.model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
-    forced: dict[str, Any] = {"base": {"adapters": {}}, "antonym": {"adapters": {"antonym": 1.0}}, "logo": {"k": 4}}
-    expected = {
-        (model, row): answer.text.rstrip()
-        for model, options in forced.items()
-        for row, answer in zip(rows[::8], logo.generate(rows[::8], max_new_tokens=10, **options), strict=True)
-    }
-    asked = list(expected)
-    assert change(server, "load", "overflows", tmp_path / "overflows")[0] == 200
-    mixed = [pair for model, row in asked for pair in ((model, row), ("overflows", row))]
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda pair: completion(server, *pair), mixed))
-    assert answers[::2] == [(200, expected[pair]) for pair in asked]
-    assert {status for status, _ in answers[1::2]} == {500}
-    assert change(server, "unload", "overflows")[0] == 200
-    assert [completion(server, *pair) for pair in asked] == [(200, expected[pair]) for pair in asked]
-    assert server.ask("/health")[0] == 200

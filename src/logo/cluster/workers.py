@@ -63,10 +63,6 @@ class EngineActors(Generic[H]):
         [first], _ = ray.wait(list(self._opening), num_returns=1)
         self._opened(first)
 
-    def shared(self, value: object) -> Any:
-        """A large argument of many calls, which is sent to each machine once."""
-        return self._ray.put(value)
-
     def map(self, work: Iterable[tuple[K, tuple[Any, ...]]], function: Callable[..., Any]) -> Iterator[tuple[K, Any]]:
         """Each key with `function(engine, *args)`, in the order in which they are done; the next arguments are taken
         when an actor is free.
@@ -148,17 +144,17 @@ def in_workers(
         workers: EngineActors[H] = EngineActors(actors)
 
         def work(blocks: Iterable[Any]) -> Iterator[Any]:
-            return workers.map(_sent(workers, blocks), answer)
+            return workers.map(_calls(ray.put, blocks), answer)
 
         yield workers.facts, work
 
 
-def _sent(workers: EngineActors[H], blocks: Iterable[Any]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Each block with the arguments of its call: a dataset is sent to each machine once."""
+def _calls(put: Callable[[Any], Any], blocks: Iterable[Any]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Each block with the arguments of its call; `put` is Ray's, so that a dataset is sent to each machine once."""
     sent: dict[str, Any] = {}
     for dataset, rows in blocks:
         if dataset.name not in sent:
-            sent[dataset.name] = workers.shared(dataset)
+            sent[dataset.name] = put(dataset)
         yield (dataset, rows), (sent[dataset.name], rows)
 
 

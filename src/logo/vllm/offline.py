@@ -361,7 +361,7 @@ class VllmLoGo(AnsweringEngine):
         unended = list(range(len(tokens)))
         while unended:  # a row whose text only looked like an end goes on behind its prompt, with other noise
             rows = [[*batch.rows[i], *tokens[i]] for i in unended]
-            options = [parameters(decoding, len(tokens[i]), _later(seeds[i], len(tokens[i]))) for i in unended]
+            options = [parameters(decoding, len(tokens[i]), seeds[i]) for i in unended]
             placed = [replace(mixes[i], prompt=len(batch.rows[i])) if tokens[i] else mixes[i] for i in unended]
             for i, output in zip(unended, self._run(rows, options, placed), strict=True):
                 [answer] = output.outputs
@@ -410,11 +410,6 @@ class VllmLoGo(AnsweringEngine):
             mixes.append(self.engine.mix(self.engine.served, Selection.forced(mixture), len(ids)))
         outputs = self._run(rows, options, mixes)
         return [_scored(output, gold) for output, (_, gold) in zip(outputs, pairs, strict=True)]
-
-
-def _later(seed: int | None, begun: int) -> int | None:
-    """The seed of an answer for what follows its first tokens."""
-    return seed if seed is None else seed + begun
 
 
 def _wait(task: Coroutine[Any, Any, T]) -> T:

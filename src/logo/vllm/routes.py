@@ -194,8 +194,10 @@ async def _select(request: bodies.SelectRequest, raw_request: Request) -> Respon
         conversation.write_special_tokens()
         [row] = await _probed(logo, conversation).read()
         whole = await conversation.whole()
+    elif isinstance(request.prompt, str):
+        row = whole = await text_prompt(state, request.prompt)
     else:
-        row = whole = await _select_prompt(state, request.prompt)
+        row = whole = read(state.engine_client.renderer.tokenizer, request.prompt)
     context = state.engine_client.model_config.max_model_len
     tokens, blamed = bodies.asked_tokens(request) or (1, "messages" if request.prompt is None else "prompt")
     if len(whole.ids) + tokens > context:
@@ -206,12 +208,6 @@ async def _select(request: bodies.SelectRequest, raw_request: Request) -> Respon
 
     [choice], _ = await logo.choose(request.model, request.logo, RequestPrompts(rows))
     return JSONResponse(choice.reply_with_scores(len(whole.ids)))
-
-
-async def _select_prompt(state: Any, prompt: str | list[int]) -> Prompt:
-    if isinstance(prompt, str):
-        return await text_prompt(state, prompt)
-    return read(state.engine_client.renderer.tokenizer, prompt)
 
 
 async def _load(request: bodies.LoadAdapter, raw_request: Request) -> Response:
@@ -267,7 +263,6 @@ async def _adapters(raw_request: Request) -> Response:
 
 
 async def _refusal(request: Request, error: Exception) -> Response:
-    answer = ApiError.of(error)
-    if answer.status >= 500:
+    if ApiError.of(error).status >= 500:
         log.error("LoGo: %s", error, exc_info=error)
     return response(error)

@@ -49,8 +49,8 @@ def check_config(config: GenerationConfig) -> None:
 
 
 def parameters(decoding: Decoding, begun: int, seed: int | None) -> Any:
-    """vLLM's `SamplingParams` for a decoding, of whose answer so many tokens have begun, behind the prompt; `seed`: for
-    the draws of one answer."""
+    """vLLM's `SamplingParams` for a decoding, of whose answer so many tokens have begun, behind the prompt; `seed`: of
+    one answer, where tokens are drawn, which come from other noise than those before."""
     from vllm import SamplingParams
 
     config = decoding.config
@@ -66,7 +66,7 @@ def parameters(decoding: Decoding, begun: int, seed: int | None) -> Any:
             "top_k": min(option("top_k"), 2**31 - 1),
             "top_p": option("top_p"),
             "min_p": config.min_p or 0.0,
-            "seed": seed,
+            "seed": None if seed is None else seed + begun,
         }
     # Where one of these texts ends, an answer may have ended; the rules of the decoding say whether it has.
     texts = [*stop_strings(config), *decoding.stop, *(["\n"] if decoding.stop_at_newline else [])]
