@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from logo.scoring import Scored
 from make_adapters import edit_weights, write_peft
 from test_engine import PROMPTS, engine, hooks, write_adapter
 from tolerances import same_scores, same_tensor, same_weights
+from warm import python
 from written import write_rows
 
 pytestmark = pytest.mark.slow
@@ -262,10 +262,11 @@ def test_minimise(size: int) -> None:
 def test_what_nevergrad_warns_of_stays_inside() -> None:
     """Of its import, and of its threads."""
     code = (
+        "import warnings; warnings.simplefilter('always')\n"
         "from logo.baselines.lorahub import minimise\n"
         "for size, budget in (3, 1), (16, 40): minimise(lambda w: sum(x * x for x in w), size, budget, 1.5, 0)"
     )
-    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
+    done = subprocess.run([*python(), "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -428,6 +429,6 @@ def test_arrow_in_an_evaluation_but_not_in_a_study(tmp_path: Path, capfd: pytest
     assert row["selected"] == sorted(heldout()) and row["weights"] == [None] * 16 and row["error"] is None
     [folder] = (tmp_path / "r").iterdir()
     assert folder.name == "demo_method_arrow_n_16_seed_0"
-    assert run(["eval", "report", str(folder), "--save", str(tmp_path / "r.html")]) == 0
+    assert run(["eval", "report", str(folder), "--save", str(tmp_path / "tables")]) == 0
     assert run(["eval", "study", "--rows", rows, "--methods", "arrow", "--save", str(tmp_path / "s")]) == 2
     assert "method 'arrow' answers with a model of its own: compare it by `logo eval run`" in capfd.readouterr().err

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import re
 import runpy
 import shlex
@@ -30,7 +30,6 @@ from logo.errors import Unsure
 from logo.selection.selector import PRIOR, UNSURE
 from test_evaluate import DATA, F1, ROOT
 from tolerances import PATIENCE
-from warm import logo
 
 pytestmark = pytest.mark.slow
 ENGINE = ["--base-model", str(F1 / "model"), "--adapters", str(F1 / "adapters"), "--device", "cpu"]
@@ -122,12 +121,17 @@ def test_select_lists_k_adapters_also_if_one_answers_alone(capsys: pytest.Captur
     assert [row[:2] for row in base[1:]] == [[name, "-"] for name in best(found["scores"])]
 
 
-def test_prompts_from_stdin_on_a_terminal_without_unicode() -> None:
-    asked = [*logo(), "select", "zero", "--prompts", "-", *ENGINE, "-k", "1"]
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(asked, input="one two\n", env=env, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0 and done.stderr == "" and "?" in done.stdout
-    assert [line for line in done.stdout.splitlines() if line in ("zero", "one", "one two")] == ["zero", "one two"]
+def test_prompts_from_stdin_on_a_terminal_without_unicode(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", io.StringIO("one two\n"))
+        patch.setattr("sys.stdout", terminal)
+        assert run(["select", "zero", "--prompts", "-", *ENGINE, "-k", "1"]) == 0
+    shown = terminal.buffer.getvalue().decode("ascii")
+    assert capsys.readouterr().err == "" and "?" in shown
+    assert [line for line in shown.splitlines() if line in ("zero", "one", "one two")] == ["zero", "one two"]
 
 
 def test_a_line_of_a_file_of_prompts_ends_where_a_line_ends(tmp_path: Path) -> None:

@@ -142,10 +142,12 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugins_forgotten: No
 
 def said_by(command: str) -> str:
     """What a command prints on both streams; it has to succeed."""
-    if command.startswith("logo ") and "lm-eval" not in command:  # in this process: importing everything takes seconds
-        said = io.StringIO()
+    fails = command.startswith("! ")
+    if command.startswith(("logo ", "! logo ")) and "lm-eval" not in command:
+        said = io.StringIO()  # in this process: importing everything takes seconds
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = run(shlex.split(command)[1:])
+            code = run(shlex.split(command.removeprefix("! "))[1:])
+        code = int(code == 0) if fails else code
         text = said.getvalue()
     else:
         done = subprocess.run(

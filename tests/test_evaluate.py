@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -162,18 +163,26 @@ def test_what_ctrl_c_leaves_of_the_official_command(
 # Runs a command that kills itself before a given step, so that it dies at the same point on every machine. Steps are
 # changes of files below the folder of results, calls of `fsync` and `generate`, and parts of lines.
 DYING = """
-import io, os, signal, sys
+import io, json, os, signal, sys
 import transformers.models.llama.modeling_llama
 import logo.evaluation.results, logo.evaluation.run
 from logo import LoGo
 from logo.cli.app import run
 
-last, root, steps, *arguments = sys.argv[1:]
+for line in sys.stdin:  # each command in a fork, since importing all this takes longer than what it does
+    last, root, steps, *arguments = json.loads(line)
+    child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 done = 0
 
 def step():
     global done
-    if done == int(last):
+    if done == last:
         os.kill(os.getpid(), signal.SIGKILL)
     done += 1
 
@@ -204,13 +213,24 @@ os._exit(code)
 """
 
 
-def run_until(last: int, command: list[str], steps: Path) -> int:
-    """The exit code of a command that ends before the step given (-1: never), and writes how many steps it made."""
-    words = [str(last), command[command.index("--result-dir") + 1], str(steps), *command]
-    return subprocess.run([*python(), "-c", DYING, *words], stdout=subprocess.DEVNULL).returncode
+@pytest.fixture
+def run_until() -> Iterator[Callable[[int, list[str], Path], int]]:
+    """Runs a command that ends before the step given (-1: never), and writes how many steps it made; its exit code."""
+    with subprocess.Popen([*python(), "-c", DYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as dying:
+        assert dying.stdin is not None and dying.stdout is not None
+        asked, codes = dying.stdin, dying.stdout
+
+        def run_until(last: int, command: list[str], steps: Path) -> int:
+            words = [last, command[command.index("--result-dir") + 1], str(steps), *command]
+            print(json.dumps(words), file=asked, flush=True)
+            return int(codes.readline())
+
+        yield run_until
 
 
-def test_kill_9_at_ten_moments(whole: dict[str, dict[str, Any]], rows: Path, tmp_path: Path) -> None:
+def test_kill_9_at_ten_moments(
+    run_until: Callable[[int, list[str], Path], int], whole: dict[str, dict[str, Any]], rows: Path, tmp_path: Path
+) -> None:
     """Of answering, in the middle of a line, between two files, between two renames: the same files in the end."""
 
     def command(results: Path) -> list[str]:
@@ -320,7 +340,7 @@ def test_a_prompt_that_is_cut_is_recorded_by_its_row(tmp_path: Path, capsys: pyt
     said = capsys.readouterr().err
     assert [line["cut"] for line in lines(folder)] == [0, 0, cut] and "prompt 1 has" not in said
     assert f"antonym: 1 of 3 prompts were cut to fit, by up to {cut} tokens: rows 3; `cut` in rows.jsonl" in said
-    assert run(["eval", "report", str(folder), "--save", str(tmp_path / "r.html"), "--json"]) == 0
+    assert run(["eval", "report", str(folder), "--save", str(tmp_path / "tables"), "--json"]) == 0
     [note] = json.loads(capsys.readouterr().out)["notes"]
     assert note.endswith(f"1 of 3 prompts of antonym were cut, by up to {cut} tokens")
     report = studied(tmp_path / "s", rows, "--signals", "norm", "--protocols", "in-pool", "--generate", "4")

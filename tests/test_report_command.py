@@ -214,7 +214,7 @@ def test_an_official_run_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixtu
     wrong = compare(tmp_path, "--metric", "nc=em", capsys=capsys, fails=True)[1]
     assert "--metric nc=...: expected a dataset, found 'nc'" in wrong and "there are ai2_arc.ARC-Easy" in wrong
 
-    shown = report(official, ours, "--save", tmp_path / "r.html", "--json", capsys=capsys)
+    shown = report(official, ours, "--save", tmp_path / "r.tex", "--json", capsys=capsys)
     group = {line["run"]: line["score"] for line in shown["scores"] if line["name"] == "Closed-Book QA"}
     assert group == {official.name: 0.5, ours.name: (0.25 + 0.5) / 2}
     assert any("nq.natural-questions are compared with the first gold text alone" in one for one in shown["notes"])
@@ -225,7 +225,7 @@ def test_intervals_follow_the_metric_and_not_its_values(tmp_path: Path, capsys: 
     for name in (LEFT, RIGHT):
         write_result(tmp_path / name / "gem.dart", ["x"] * 12, ["a b"] * 12)
         write_result(tmp_path / name / "bbh.one", ["x"] * 12, ["a b"] * 12)
-    found = report(tmp_path, "--save", tmp_path / "r.html", "--json", capsys=capsys)
+    found = report(tmp_path, "--save", tmp_path / "r.tex", "--json", capsys=capsys)
     ends = {(one["name"], one["measure"]): (one["low"], one["high"]) for one in found["scores"]}
     assert ends["gem.dart", "rouge-L"] == (None, None)
     assert ends["bbh.one", "em"] == (0.0, pytest.approx(0.2425, abs=1e-4))

@@ -8,6 +8,7 @@ reaches it as escaped HTML or as JSON, which its script shows as text.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -208,9 +209,7 @@ def _counted(name: str, datasets: int) -> str:
 
 def page(report: Report) -> str:
     """The page as HTML; its heading names the runs."""
-    import altair
     import jinja2
-    import vl_convert
 
     table = report.table
     runs = report.runs
@@ -227,10 +226,19 @@ def page(report: Report) -> str:
         most=MOST_ADAPTERS,
         charts=_charts(report),
         data=_rows(report),
-        vega=vl_convert.javascript_bundle(
-            "window.vegaEmbed = vegaEmbed;", altair.SCHEMA_VERSION[1:].rpartition(".")[0]
-        ),
+        vega=_vega(),
     )
+
+
+@functools.cache
+def _vega() -> str:
+    """The script that draws charts, of the version that Altair writes them for; bundling it takes seconds."""
+    import altair
+    import vl_convert
+
+    version = altair.SCHEMA_VERSION[1:].rpartition(".")[0]
+    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
+    return script
 
 
 def _charts(report: Report) -> dict[str, dict[str, Any]]:
