@@ -32,7 +32,7 @@ class PromptOptions:
     """A system message before it; implies --chat."""
 
     probe_text: Annotated[ProbeText | None, Parameter(show_default=False)] = None
-    """The part of a conversation by which adapters are selected."""
+    """The part of a conversation that selects adapters."""
 
     def read(self, arguments: Sequence[str]) -> tuple[list[str], list[Any]]:
         """The prompts to answer, and as the model is asked: the same, or a conversation for each. Blank lines of the

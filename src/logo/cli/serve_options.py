@@ -61,7 +61,7 @@ class ServerOptions:
     """Text, one JSON object per line, or such lines with the prompts' first 200 tokens."""
 
     probe_text: Annotated[ProbeText | None, Parameter(group=LIMITS, show_default=False)] = None
-    """The part of a conversation by which adapters are selected."""
+    """The part of a conversation that selects adapters."""
 
     server: Annotated[Engine, Parameter(name="--engine")] = "local"
     """This process, or vLLM's own server."""
