@@ -50,7 +50,7 @@ ROWS = Group("Rows and results", sort_key=2)
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class AnswerOptions:
+class EvaluationOptions:
     """Which rows are answered, how, and where results are written."""
 
     dataset: Annotated[str, in_words("all in the data folder")] = ""
@@ -77,7 +77,7 @@ class AnswerOptions:
 
 @Parameter(name="*", group=ROWS)
 @dataclass(frozen=True, kw_only=True)
-class RowOptions(AnswerOptions):
+class RowOptions(EvaluationOptions):
     """The same, and what the official script does not know."""
 
     rows: Annotated[Path, Parameter(name=("--rows", "--data-dir"))] = Path("data")
@@ -151,7 +151,7 @@ def run(
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class OfficialOptions(AnswerOptions):
+class OfficialOptions(EvaluationOptions):
     """The options of the official script, by their names there, and some of ours."""
 
     base_model: str = "Llama-3.1-8B"
@@ -222,7 +222,7 @@ def evaluate(*, options: OfficialOptions = OfficialOptions()) -> int:
 def answered(
     opening: Opening,
     datasets: Sequence[Dataset],
-    options: AnswerOptions,
+    options: EvaluationOptions,
     workers: WorkerOptions,
     command: dict[str, Any],
     *,
@@ -271,7 +271,7 @@ def answered(
     return show(results, json=json)
 
 
-def _run_folder(opening: Opening, options: AnswerOptions, run_name: str, pool_size: int = 0) -> Path:
+def _run_folder(opening: Opening, options: EvaluationOptions, run_name: str, pool_size: int = 0) -> Path:
     """The folder of a run on a pool of so many adapters; UsageError if the run's name cannot be part of it."""
     from logo.evaluation.results import run_folder
 

@@ -89,7 +89,7 @@ def answer_datasets(datasets: Sequence[Dataset], run: Run) -> Iterator[Done]:
     if run.method is not None and run.method.needs == "target":
         for dataset in datasets:
             target_adapters(task_of(dataset), list(run.facts.identity["pool"]))
-    plans = [_Plan.of(dataset, run) for dataset in datasets]
+    plans = [_DatasetPlan.of(dataset, run) for dataset in datasets]
     for plan in plans:
         if not (plan.was_done or run.overwrite):
             check_begun(plan.folder, plan.begun)
@@ -102,7 +102,7 @@ def answer_datasets(datasets: Sequence[Dataset], run: Run) -> Iterator[Done]:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _DatasetPlan:
     """What is to be done for one dataset.
 
     Attributes:
@@ -120,7 +120,7 @@ class _Plan:
     was_done: bool = False
 
     @classmethod
-    def of(cls, dataset: Dataset, run: Run) -> _Plan:
+    def of(cls, dataset: Dataset, run: Run) -> _DatasetPlan:
         """The plan for a dataset."""
         identity = {**run.facts.identity, **dataset_identity(dataset, run.method)}
         begun = {name: value for name, value in identity.items() if name not in ("metric", "metric_plugin")}
@@ -133,7 +133,7 @@ class _Plan:
         return is_done(self.folder, self.identity, self.begun)
 
 
-def _answered(plan: _Plan, run: Run) -> bool:
+def _answered(plan: _DatasetPlan, run: Run) -> bool:
     """Answers the rows of a dataset and writes its result; False if another process has done it meanwhile."""
     dataset = plan.dataset
     started = datetime.now(timezone.utc)
