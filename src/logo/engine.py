@@ -270,7 +270,7 @@ class LoGo(AnsweringEngine):
             return self._put(self.calibrated(self._state, signal, tell)).scorers[signal]
 
     def _has_scorer(self, state: EngineState, signal: str) -> bool:
-        """Whether a signal is calibrated for a state, unless another signal has taken its name since."""
+        """Whether the state has a scorer of a signal; not if a plugin has registered another one by its name since."""
         scorer = state.scorers.get(signal)
         return scorer is not None and scorer.signal == self.settings.reading(state.fitted, signal)
 
