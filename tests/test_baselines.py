@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import logo.baselines.loraretriever as embedding
+import logo.selection.encoder as embedding
 import tiny
 from logo import LoGo, Selection
 from logo.adapters.examples import write_examples
@@ -344,7 +344,7 @@ def test_instructor_leaves_the_instruction_out_of_the_mean(
     # That of LoraRetriever is one too, though its Hub id does not say so; the library is given what was fetched.
     monkeypatch.setattr(embedding, "_fetch", lambda model: str(instructor))
     same_tensor(embedding.embed(texts, "Styxxxx/lora_retriever", instruction), ours)
-    embedding._load.cache_clear()
+    embedding.load_encoder.cache_clear()
 
 
 def test_examples_are_needed_for_every_adapter(llama: nn.Module, pool: Path, tmp_path: Path, sentences: str) -> None:
@@ -355,7 +355,7 @@ def test_examples_are_needed_for_every_adapter(llama: nn.Module, pool: Path, tmp
 
 
 def test_a_model_that_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    embedding._load.cache_clear()
+    embedding.load_encoder.cache_clear()
 
     def said(model: str, kind: type[LoGoError]) -> str:
         with pytest.raises(kind) as error:
@@ -364,7 +364,7 @@ def test_a_model_that_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyP
         return str(error.value)
 
     assert "no such folder, and not a Hub id" in said("/nowhere/at all", ModelError)
-    assert f"embedding model '{tmp_path}' cannot be loaded" in said(str(tmp_path), ModelError)
+    assert f"text encoder '{tmp_path}' cannot be loaded" in said(str(tmp_path), ModelError)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "Hub repo sentence-transformers/none: not in the cache" in said("none", HubError)
 

@@ -106,10 +106,15 @@ def test_adapters_that_were_trained_harder_are_not_surer() -> None:
     assert confidence(*(0.01 * score for score in usual)) < 0.1 < confidence(*usual)
 
 
-@pytest.mark.parametrize("evidence", [RESPONSES, EXAMPLES])
-def test_a_prompt_that_is_familiar_is_sure_also_beside_related_adapters(evidence: Evidence) -> None:
-    close = [evidence.familiar + 2 - 0.5 * place for place in range(8)]
-    assert confidence(*close, evidence=evidence) > 2 * confidence(*(s - 3 for s in close), evidence=evidence)
+def test_a_prompt_that_is_familiar_is_sure_also_beside_related_adapters() -> None:
+    close = [RESPONSES.familiar + 2 - 0.5 * place for place in range(8)]
+    assert confidence(*close) > 2 * confidence(*(score - 3 for score in close))
+
+
+def test_two_versions_of_one_adapter_do_not_make_each_other_unsure() -> None:
+    for best in (4.0, 6.0, 8.0):
+        alone = confidence(best, *REST, evidence=EXAMPLES)
+        assert confidence(best, best, *REST, evidence=EXAMPLES) > 0.5 * alone
 
 
 @given(SCORES, st.floats(0, 5), st.floats(0.01, 0.99), st.sampled_from([RESPONSES, EXAMPLES]))

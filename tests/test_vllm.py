@@ -413,14 +413,14 @@ class Index:
 
 class Scorer:
     """The mean response of each adapter, the number of tokens that were read, and the description of the prompt at the
-    second point if it is described."""
+    last point if it is described."""
 
     def __init__(self, *modules: str, described: bool = False, **signal: Any) -> None:
         self.signal = replace(READING, **signal)
         self.points = tuple(Point(0, "layers.0", module) for module in modules)
-        self.indices = tuple(map(Index, self.points))
+        self.indices = tuple(map(Index, self.points[: len(modules) - described]))
         self.names = ("one", "two")
-        self.described = (1,) if described else ()
+        self.described = (len(modules) - 1,) if described else ()
 
     def score_responses(self, per_point: Any, descriptions: Any, tokens: Tensor, among: Any = (None,)) -> Tensor:
         if among[0] is not None:
@@ -486,7 +486,8 @@ def test_chunks_are_summed_to_the_whole(lengths: list[int], cuts: list[int], lat
         read = prompt[int(len(prompt) > 1) :]
         owners = torch.zeros(len(read), dtype=torch.int64)
         even, last = both_means(read, owners, *emphasis(owners, 1))[0].tolist()
-        expected = [*even[:2] * 2, *last[:2] * 2] if late else [*even[:2], len(read)]
+        responses = 1 if described else 2  # places at which adapters are scored
+        expected = [*even[:2] * responses, *last[:2] * responses] if late else [*even[:2], len(read)]
         expected += [*even, *last] if described and not late else []
         assert found[f"{number}"] == pytest.approx(expected, rel=1e-4)
     assert made.take(["0"])["0"] == "the prompt was not run as a probe"  # what is taken is forgotten

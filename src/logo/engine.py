@@ -33,6 +33,7 @@ from logo.prefix_cache import PrefixCache, reusable
 from logo.prompts import Prompts, Truncation
 from logo.scoring import MAX_TOKENS, score_pairs
 from logo.selection.calibration import Calibration
+from logo.selection.encoder import load_encoder
 from logo.selection.index import Tell
 from logo.selection.scorer import BaseReader, Scorer
 from logo.selection.settings import ProbeContext, SelectionSettings, check_context
@@ -99,6 +100,8 @@ class LoGo(AnsweringEngine):
         check_choice("on_bad_adapter", on_bad_adapter, OnBadAdapter)
         check_context(probe_context, settings.signal)
         prefix_cache_bytes = bytes_of("prefix_cache_gb", prefix_cache_gb)
+        if settings.encoder is not None:
+            load_encoder(settings.encoder)  # one that cannot be loaded is refused before a pool is read
         self._droppers = droppers(model)
         self._weights = WeightWatch(model)
         self._turns = lock_of(model)
@@ -209,7 +212,7 @@ class LoGo(AnsweringEngine):
         if self._has_scorer(state, signal):
             return state
         prefix_cache = self.prefix_cache if self.probe_context == "base" else None
-        base = BaseReader(self.model, self.prompts.texts, prefix_cache=prefix_cache)
+        base = BaseReader(self.model, self.prompts.texts, prefix_cache=prefix_cache, text_of=self.prompts.text_of)
         # A calibration with adapters mixed in, or of other weights than it is kept for, would be wrong for ever.
         with self._turns.running(), self._exact():
             state = state.with_weights(self._weights.stamp())

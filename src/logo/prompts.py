@@ -183,6 +183,11 @@ class Prompts:
         self.check_known("a text for calibration", [token for row in rows for token in row])
         return [[*row[:room], *ending] for row in rows if row]
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
     def _conversation(self, texts: Sequence[str], number: int, form: int) -> Sequence[int]:
         """Token ids of a conversation that ends with a text: alone (0), after a system message (1), or after an earlier
         turn (2). What stands before it are other texts."""

@@ -126,6 +126,7 @@ def run(
         "signal": engine.signal or DEFAULT_SIGNAL,
         "when_unsure": engine.when_unsure,
         "prior": engine.prior,
+        "encoder": engine.encoder,
         "dtype": engine.dtype or "auto",
         "model_dir": MODEL_DIR,
         **placed(engine.device),

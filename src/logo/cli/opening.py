@@ -42,6 +42,7 @@ def selection_settings(options: ModelOptions, probe_text: ProbeText | None = Non
         k=options.n_selected_modules,
         when_unsure=options.when_unsure,
         prior=options.prior,
+        encoder=options.encoder,
         probe_text=probe_text,
     )
 

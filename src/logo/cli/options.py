@@ -108,6 +108,9 @@ class SelectionOptions(ModelOptions):
     prior: Annotated[float, Parameter(group=POOL, validator=Number(gt=0, lt=1))] = 0.8
     """How likely it is that a prompt belongs to some adapter of the pool."""
 
+    encoder: Annotated[str | None, in_words("none", of=POOL)] = None
+    """Text encoder that also compares prompts with example prompts, `all-MiniLM-L6-v2`."""
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)

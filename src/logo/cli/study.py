@@ -154,6 +154,7 @@ def study(
         "signal": compared.signals[0],
         "k": pool.n_selected_modules,
         "prior": pool.prior,
+        "encoder": pool.encoder,
         "model_dir": MODEL_DIR,
         **placed(pool.device),
     }

@@ -9,7 +9,7 @@ what it depends on, so that the calibration of another pool of known adapters ta
     <cache>/calibration/<base model, texts and reading>/whitening/<module>.safetensors
     <cache>/calibration/<base model, texts and reading>/rows/<adapter>.safetensors     those in indices, whitened
     <cache>/calibration/<base model, texts and reading>/weights.safetensors     `‖W‖_F` of the base model per point
-    <cache>/calibration/<base model, texts and reading>/described/<texts>.safetensors     descriptions, or their mean
+    <cache>/calibration/<base model, texts and reading>/described/<texts>.safetensors     descriptions
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _HELD_BYTES = 2**30
 _BATCH = 16
 _CPU = torch.device("cpu")
 # To be raised when the content of the stored files changes its meaning.
-_FORMAT = 6
+_FORMAT = 7
 # Types whose values are the weights themselves; quantised weights have scales somewhere else.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

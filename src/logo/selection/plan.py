@@ -12,12 +12,14 @@ from logo.adapters.adapter import Adapter
 from logo.adapters.layout import linear_shape
 from logo.adapters.pool import AdapterPool
 from logo.errors import ModelError, PoolError, listed
-from logo.selection.points import LEAST_POINTS, Point, decoder_layers, last_query, points_of
+from logo.selection.points import LEAST_POINTS, Point, decoder_layers, last_query, points_of, residual_points
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
 
-# How far a probe runs, as a share of the layers, if the prompt is read again under its mixture.
+# How far a probe runs for responses, as a share of the layers, if the prompt is read again under its mixture.
 _DEPTH = 0.5
+# Behind which shares of the layers prompts are described, to be compared with example prompts.
+_DESCRIBED = (1 / 3, 1 / 2, 5 / 6, 1)
 # How many points a signal chooses at most: as many as an index of this size has room for, within these bounds. In deep
 # models, twelve points miss what tells near relatives apart (docs/how-selection-works.md).
 _INDEX_BYTES = 256e6
@@ -64,6 +66,13 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings, signa
     if reading.input == "residual":
         _check_width(model, points)
     return Plan(points, most, adapters)
+
+
+def described_points(model: nn.Module, settings: SelectionSettings, signal: Signal) -> tuple[Point, ...]:
+    """Where prompts are described, if adapters have example prompts; () if the signal or the settings use none."""
+    if signal.scale != "whitened" or settings.examples != "use":
+        return ()
+    return residual_points(model, _DESCRIBED)
 
 
 def _early_points(model: nn.Module, pool: AdapterPool, reading: Signal) -> tuple[tuple[Point, ...], int]:

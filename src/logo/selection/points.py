@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ LEAST_POINTS = 4
 @dataclass(frozen=True)
 class Point:
     """A place where a prompt is read and adapters are scored: a linear module of a decoder layer, with dotted paths of
-    both, and the output rows that are the query if it is a fused projection (None: all rows)."""
+    both, and the output rows that are the query if it is a fused projection (None: all rows). If the module is the
+    layer itself, the residual stream that enters it is read, and no adapter is scored there."""
 
     layer: int
     layer_path: str
@@ -32,8 +33,14 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The layer's index and the module within it, such as `4.self_attn.v_proj`."""
-        return f"{self.layer}.{self.module.removeprefix(f'{self.layer_path}.')}"
+        """The layer's index and the module within it, such as `4.self_attn.v_proj`, or the index alone."""
+        within = self.module.removeprefix(self.layer_path)
+        return f"{self.layer}.{within.removeprefix('.')}" if within else f"{self.layer}"
+
+    @property
+    def residual(self) -> bool:
+        """Whether the residual stream is read that enters the layer."""
+        return self.module == self.layer_path
 
 
 def last_query(model: nn.Module) -> Point:
@@ -69,6 +76,13 @@ def points_of(model: nn.Module, modules: Collection[str], depth: int) -> tuple[P
         for module in linears
         if module.startswith(f"{path}.{layer}.")
     )
+
+
+def residual_points(model: nn.Module, depths: Sequence[float]) -> tuple[Point, ...]:
+    """The points of the residual stream behind these shares of the layers, each once; at most before the last layer."""
+    path, blocks = decoder_layers(model)
+    layers = sorted({min(round(depth * len(blocks)), len(blocks) - 1) for depth in depths})
+    return tuple(Point(layer, f"{path}.{layer}", f"{path}.{layer}") for layer in layers)
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

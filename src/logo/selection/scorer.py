@@ -19,9 +19,11 @@ from logo.files import Store, cache_folder
 from logo.models import input_device, padded
 from logo.prefix_cache import PrefixCache
 from logo.selection.calibration import Calibration, Reading, TextRunner, calibrate, read_texts, whitenings
+from logo.selection.encoder import EncodedExamples
+from logo.selection.evidence import Similarities, together
 from logo.selection.examples import Examples, examples_of
 from logo.selection.index import IndexRequest, Place, ScoringIndex, Tell, read_indices, side_by_side
-from logo.selection.plan import plan
+from logo.selection.plan import described_points, plan
 from logo.selection.points import Point
 from logo.selection.probe import Probe, pick
 from logo.selection.reference import LATE_WEIGHT, Reference, both_means, emphasis, finished, row_means
@@ -51,6 +53,7 @@ class BaseReader:
         store: where calibrations are; None: that of an earlier scorer, or a new one in the folder of the settings.
         prefix_cache: for a pool whose adapters act only from a position on (`AdapterPool.read_once`); None: such a
             pool is probed like any other, but its prompts are read whole.
+        text_of: the text of token ids, which a text encoder reads; None: no text encoder is used here.
     """
 
     model: nn.Module
@@ -59,6 +62,7 @@ class BaseReader:
     device: torch.device | None = None
     store: Store | None = None
     prefix_cache: PrefixCache | None = None
+    text_of: Callable[[Sequence[int]], str] | None = None
 
     @property
     def runner(self) -> TextRunner:
@@ -88,14 +92,17 @@ class BaseReader:
         neutral = self.encoded(signal, NEUTRAL, varied=True)
         return Reading.of(self.model, signal, Texts(neutral, requests), store)
 
-    def examples(
-        self, reading: Reading, settings: SelectionSettings, adapters: Sequence[Adapter], points: Sequence[Point]
-    ) -> Examples | None:
-        """The described example prompts of adapters; None: there are none, or they are not used."""
-        if reading.signal.scale != "whitened" or settings.examples != "use":
-            return None
+    def examples(self, reading: Reading, settings: SelectionSettings, adapters: Sequence[Adapter]) -> ExamplesRead:
+        """What is known of the example prompts of adapters."""
+        points = described_points(self.model, settings, reading.signal)
+        if not points or not any(adapter.examples for adapter in adapters):
+            return ExamplesRead()
         rows = [self.encoded(reading.signal, adapter.examples) if adapter.examples else [] for adapter in adapters]
-        return examples_of(reading, rows, points, [self.device_at(point) for point in points], self.runner)
+        described = examples_of(reading, rows, points, self.device_at(points[0]), self.runner)
+        encoded = None
+        if settings.encoder is not None and self.text_of is not None:
+            encoded = EncodedExamples.of(settings.encoder, self.text_of, rows, reading.texts.rows, reading.store)
+        return ExamplesRead(points, described, encoded)
 
     def index_requests(
         self,
@@ -124,6 +131,21 @@ class BaseReader:
 
 
 @dataclass(frozen=True)
+class ExamplesRead:
+    """What is known of the example prompts of a pool, if its adapters have some and they are used.
+
+    Attributes:
+        points: where prompts are described, to be compared with the examples.
+        described: as the base model reads them.
+        encoded: as a text encoder reads them, if there is one.
+    """
+
+    points: tuple[Point, ...] = ()
+    described: Examples | None = None
+    encoded: EncodedExamples | None = None
+
+
+@dataclass(frozen=True)
 class Scorer:
     """Scores the adapters of one state of a pool for batches of prompts, by one signal.
 
@@ -133,7 +155,7 @@ class Scorer:
         places: the same rows in fewer indices, with one product for all points that read the same vectors.
         probe: reads the hidden vectors of these points.
         calibration: what responses are compared with; None for signals of the scale `"raw"`.
-        examples: described example prompts; None: no adapter has any, or they are not used.
+        examples: what is known of example prompts.
         selector: makes selections from these scores, and names the adapters that are scored.
         reading: what the calibration read; None without one.
         prefix_cache: of prompts that are read once, in whose prefill the probe is; None: they are read twice.
@@ -144,7 +166,7 @@ class Scorer:
     places: tuple[Place, ...]
     probe: Probe
     calibration: Calibration | None
-    examples: Examples | None
+    examples: ExamplesRead
     selector: Selector
     reading: Reading | None
     prefix_cache: PrefixCache | None
@@ -179,14 +201,14 @@ class Scorer:
         points = planned.points
         reading: Reading | None = None
         calibration: Calibration | None = None
-        examples: Examples | None = None
+        examples = ExamplesRead()
         spaces: Mapping[str, Whitening] = {}
         if signal_read.scale != "raw":
             reading = base.reading(signal_read, settings, before)
             calibration = calibrate(reading, planned, base.runner)
             points = calibration.points
             spaces = whitenings(reading, points, base.runner)
-            examples = base.examples(reading, settings, planned.adapters, points)
+            examples = base.examples(reading, settings, planned.adapters)
             reading.store.release(reading.key)
         earlier = before.indices if before is not None and before.signal == signal_read else ()
         requests = base.index_requests(planned.adapters, points, spaces, earlier)
@@ -200,7 +222,12 @@ class Scorer:
             signal=signal_read,
             indices=tuple(indices),
             places=tuple(places),
-            probe=Probe(base.model, points, signal_read.input, None if prefix_cache is None else prefix_cache.forward),
+            probe=Probe(
+                model=base.model,
+                points=(*points, *examples.points),
+                read=signal_read.input,
+                run=None if prefix_cache is None else prefix_cache.forward,
+            ),
             calibration=calibration,
             examples=examples,
             selector=_selector(pool, planned.adapters, indices, calibration, examples),
@@ -210,13 +237,13 @@ class Scorer:
 
     @property
     def points(self) -> tuple[Point, ...]:
-        """Where prompts are read."""
+        """Where prompts are read: where adapters are scored, and then where prompts are described."""
         return self.probe.points
 
     @property
-    def described(self) -> tuple[int, ...]:
-        """The numbers of the points at which prompts are described, to be compared with example prompts; () without."""
-        return () if self.examples is None else self.examples.points
+    def described(self) -> range:
+        """The numbers of the points at which prompts are described, to be compared with example prompts."""
+        return range(len(self.indices), len(self.points))
 
     @cached_property
     def _cells(self) -> Tensor:
@@ -239,6 +266,13 @@ class Scorer:
         weights = neutral.new_ones(neutral.shape[1])
         weights[len(self.indices) :] = LATE_WEIGHT
         return Reference.of(neutral, requests, weights)
+
+    @cached_property
+    def _usual_spread(self) -> float:
+        """The standard deviation of the scores of responses on the texts of the calibration."""
+        assert self.calibration is not None and self._reference is not None
+        texts = torch.cat([self.calibration.neutral, self.calibration.requests], dim=2)
+        return max(float(self._reference.compare(texts).std()), 1e-6)
 
     def calibrated(self, text: int, tokens: int) -> list[float]:
         """The scores of the adapters for one neutral text of the calibration, of which so many tokens are read, from
@@ -275,7 +309,8 @@ class Scorer:
             response_means = both_means(responses, owners, weights, sums)[:, : signal.readings]
             descriptions = [both_means(hidden[point].to(device), owners, weights, sums) for point in self.described]
             per_point = finished(response_means.flatten(1), signal.scale)
-            return self.score_responses([per_point], descriptions, sums[:, 0], among)
+            encoded = None if self.examples.encoded is None else self.examples.encoded.similarities(rows)
+            return self.score_responses([per_point], descriptions, sums[:, 0], among, encoded)
 
     def _read_uncached(
         self, rows: Sequence[Sequence[int]], ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]
@@ -294,6 +329,7 @@ class Scorer:
         descriptions: Sequence[Tensor],
         tokens: Tensor,
         among: Sequence[Collection[str] | None] = (),
+        encoded: Similarities | None = None,
     ) -> Tensor:
         """Scores (rows, adapters), float32 on the CPU, from responses that were read elsewhere.
 
@@ -303,6 +339,7 @@ class Scorer:
             descriptions: (rows, 2, d) of each point in `described`: even and late means of the hidden vectors.
             tokens: (rows,), how many were read of each prompt.
             among: as in `__call__`.
+            encoded: the similarities that a text encoder sees; None: there is none.
         """
         names = self.selector.names
         responses = torch.cat(list(per_point), dim=1).cpu().T  # (responses, rows)
@@ -315,9 +352,11 @@ class Scorer:
         by_cell = torch.full((len(names) * columns, responses.shape[1]), torch.nan, dtype=torch.float32)
         by_cell[self._cells] = responses
         scores = self._reference.compare(by_cell.view(len(names), columns, -1), selectable)
-        if self.examples is not None and descriptions:
-            return self.examples.add_to(scores, descriptions, selectable)
-        if self.signal.token == "each" and self.examples is None:
+        described = self.examples.described
+        if described is not None and descriptions:
+            similar = described.similarities(descriptions)
+            return together(scores / self._usual_spread, similar, encoded, selectable)
+        if self.signal.token == "each" and described is None:
             scores = scores * self._reference.factors(tokens)[:, None]
         return scores
 
@@ -327,7 +366,7 @@ def _selector(
     adapters: Sequence[Adapter],
     indices: Sequence[ScoringIndex],
     calibration: Calibration | None,
-    examples: Examples | None,
+    examples: ExamplesRead,
 ) -> Selector:
     """The selector of the adapters of a pool that are scored; without a calibration, scores have no scale."""
     names = tuple(adapter.name for adapter in adapters)
@@ -335,5 +374,5 @@ def _selector(
         return Selector(names, pool.default_k, None)
     touched = torch.tensor([[point.module in adapter.modules for point in calibration.points] for adapter in adapters])
     sizes = relative_sizes([index.updates for index in indices], calibration.weight_norms, touched).tolist()
-    evidence = RESPONSES if examples is None else EXAMPLES
+    evidence = RESPONSES if examples.described is None else EXAMPLES
     return Selector(names, pool.default_k, evidence, dict(zip(names, sizes, strict=True)))

@@ -93,7 +93,7 @@ class Evidence:
 
 # For scores of responses, and for those to which example prompts contribute, whose order is more reliable.
 RESPONSES = Evidence(steepness=2.0, even=2.0, familiar=3.0, breadth=2.5, boldness=1.0)
-EXAMPLES = Evidence(steepness=1.0, even=3.8, familiar=9.0, breadth=1.0, boldness=2.0)
+EXAMPLES = Evidence(steepness=1.25, even=1.65, familiar=math.inf, breadth=1.0, boldness=2.0)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ class SelectionSettings:
         prior: how likely it is that a prompt belongs to some adapter of the pool, in (0, 1): the confidence before any
             prompt is seen. A lower one makes selections less sure, and their mixtures broader.
         examples: whether example prompts of adapters are used (`logo.selection.examples`): `"use"` or `"ignore"`.
+        encoder: a text encoder that reads prompts and example prompts, too (`logo.selection.encoder`): a folder or a
+            Hub id of sentence-transformers, such as `"all-MiniLM-L6-v2"`; None: none.
         window: how many of the first and of the last tokens of a text are read, `(32, 32)`; or `"whole"`. None:
             `"whole"` for signals of the paper's kind (scale `"raw"`), `(32, 32)` for all others.
         probe_text: the part of a conversation that is probed: the `"last-user"` message, all messages of the user
@@ -63,6 +65,7 @@ class SelectionSettings:
     unsure_below: float = UNSURE
     prior: float = PRIOR
     examples: ExamplesUse = "use"
+    encoder: str | None = None
     window: Window | None = None
     probe_text: ProbeText | None = None
     calibration_prompts: Sequence[str] | None = None
@@ -79,6 +82,8 @@ class SelectionSettings:
         _check_prior(self.prior)
         check_choice("when_unsure", self.when_unsure, WhenUnsure)
         check_choice("examples", self.examples, ExamplesUse)
+        if self.encoder is not None:
+            check_type("encoder", self.encoder, (str, PathLike), "a folder, or a Hub id of sentence-transformers")
         if self.probe_text is not None:
             check_choice("probe_text", self.probe_text, ProbeText)
         check_choice("unscorable", self.unscorable, Unscorable)

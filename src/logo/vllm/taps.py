@@ -59,7 +59,6 @@ class TextReader:
 
     points: tuple[Point, ...]
     signal: Signal
-    described: tuple[int, ...] = ()
 
 
 Reader = Scorer | TextReader
@@ -67,11 +66,10 @@ Reader = Scorer | TextReader
 
 @dataclass(frozen=True)
 class _Use:
-    """What a reader reads at a place: the numbers of its points there, and of its descriptions."""
+    """What a reader reads at a place: the numbers of its points there."""
 
     reader: Reader
     points: tuple[int, ...]
-    descriptions: tuple[int, ...]
 
 
 @dataclass
@@ -80,8 +78,8 @@ class _PromptReading:
 
     Attributes:
         means: number -> (2, n): the mean over its tokens so far, weighted evenly and with emphasis on the end. The
-            numbers of the scorer's points have responses (n: adapters), or hidden vectors if their mean is scored;
-            those after them the hidden vectors where prompts are described.
+            numbers of points where adapters are scored have responses (n: adapters), those where prompts are described
+            hidden vectors.
     """
 
     span: Span  # its rows in the latest step
@@ -171,8 +169,7 @@ class Taps:
             for i, point in enumerate(reader.points):
                 places.setdefault(self.place_of(point, reader.signal.input), []).append(i)
             for place, points in places.items():
-                descriptions = tuple(number for number, point in enumerate(reader.described) if point in points)
-                self._uses.setdefault(place, []).append(_Use(reader, tuple(points), descriptions))
+                self._uses.setdefault(place, []).append(_Use(reader, tuple(points)))
 
     # -- while the model runs ------------------------------------------------------------------------------------
 
@@ -277,9 +274,7 @@ def _read(use: _Use, step: _Step, place: str, hidden: Tensor) -> None:
         step.keep(place, hidden)
     else:
         for i in use.points:
-            step.add(i, reader.signal(reader.indices[i], hidden))
-        for number in use.descriptions:
-            step.add(len(reader.points) + number, hidden)
+            step.add(i, hidden if i in reader.described else reader.signal(reader.indices[i], hidden))
     for reading in step.readings:
         reading.added.update(use.points)
 
@@ -287,11 +282,10 @@ def _read(use: _Use, step: _Step, place: str, hidden: Tensor) -> None:
 def _scores(reading: _PromptReading, scorer: Scorer) -> list[float]:
     """The scores of a prompt that was read whole."""
     signal = scorer.signal
-    responses = [reading.means[i] for i in range(len(scorer.points))]  # (2, adapters)
+    responses = [reading.means[i] for i in range(len(scorer.indices))]  # (2, adapters)
     # The readings of all points: the even ones, then the late ones.
     per_point = [finished(mean[kind : kind + 1], signal.scale) for kind in range(signal.readings) for mean in responses]
-    described = 0 if reading.span.probe.plain else len(scorer.described)
-    descriptions = [reading.means[len(scorer.points) + i][None] for i in range(described)]
+    descriptions = [] if reading.span.probe.plain else [reading.means[i][None] for i in scorer.described]
     read = torch.tensor([len(reading.span.prompt) - reading.first])
     scores: list[float] = scorer.score_responses(per_point, descriptions, read, [reading.span.probe.among])[0].tolist()
     return scores

@@ -25,7 +25,7 @@ from logo.files import Store, cache_folder
 from logo.models import context_length
 from logo.prompts import Prompts
 from logo.selection.calibration import HiddenVectors
-from logo.selection.plan import plan
+from logo.selection.plan import described_points, plan
 from logo.selection.points import Point
 from logo.selection.scorer import BaseReader, Scorer
 from logo.selection.signals import Signal
@@ -149,13 +149,18 @@ class Worker:
         settings = self._options.settings
         places: set[tuple[str, str]] = set()
         for signal in scoring_signals(self._options, self._skeleton, pool):
-            entering = settings.reading(pool, signal).input
+            reading = settings.reading(pool, signal)
             for point in plan(self._skeleton, pool, settings, signal).points:
-                places.add((entering, point.layer_path if entering == "residual" else point.module))
+                places.add((reading.input, point.layer_path if reading.input == "residual" else point.module))
+            # Whether or not an adapter has example prompts yet: one that joins the pool may.
+            for point in described_points(self._skeleton, settings, reading):
+                places.add(("residual", point.layer_path))
         return frozenset(places)
 
     def _place_of(self, point: Point, read: str) -> str:
-        return point.layer_path if read == "residual" else self._layer(point.module, "the probe reads")
+        if read == "residual" or point.residual:
+            return point.layer_path
+        return self._layer(point.module, "the probe reads")
 
     def _layer(self, module: str, why: str) -> str:
         if module not in self._modules:

@@ -1,0 +1,161 @@
+"""A text encoder as evidence: how similar prompts are to an adapter's example prompts, read by a second, small model.
+
+An encoder is any model that sentence-transformers loads. It reads the text that is probed. With the mean `m` of the
+unit vectors of an adapter's examples,
+
+    e_i(x) = cos(x, m_i)
+
+in units of how much the similarities of ordinary texts to each other vary. `logo.selection.evidence` says how it
+counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from logo.errors import ModelError, need
+from logo.files import Store
+from logo.hub import hub_error, is_hub_id
+from logo.identity import sampled
+from logo.selection.evidence import Similarities
+from logo.selection.examples import spread_of
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+_BATCH = 64
+_LORA_RETRIEVER = "Styxxxx/lora_retriever"  # LoraRetriever's own, an INSTRUCTOR model by another name
+_OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "tf_model*", "flax_model*", "rust_model*"]
+
+
+@dataclass(frozen=True)
+class EncodedExamples:
+    """The example prompts of a pool as a text encoder reads them.
+
+    Attributes:
+        model: of `embed`.
+        text_of: the text of token ids.
+        centres: (adapters with examples, d), unit vectors.
+        known: (adapters,) bool, in pool order: those that have examples.
+        spread: the standard deviation of the similarities of ordinary texts to each other.
+    """
+
+    model: str
+    text_of: Callable[[Sequence[int]], str]
+    centres: Tensor
+    known: Tensor
+    spread: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        text_of: Callable[[Sequence[int]], str],
+        examples: Sequence[Sequence[Sequence[int]]],
+        ordinary: Sequence[Sequence[int]],
+        store: Store,
+    ) -> EncodedExamples | None:
+        """From the token ids of each adapter's example prompts, in pool order, and of ordinary texts, all cut to the
+        window; None if no adapter has any. What is read is kept in the store. Errors as `embed`."""
+        known = torch.tensor([bool(rows) for rows in examples])
+        if not known.any():
+            return None
+        groups = [[text_of(row) for row in rows] for rows in (ordinary, *filter(None, examples))]
+        usual, *own = _stored(model, groups, store)
+        centres = normalize(torch.stack([vectors.mean(dim=0) for vectors in own]), dim=1)
+        return cls(model, text_of, centres, known, spread_of(usual[None]))
+
+    def similarities(self, rows: Sequence[Sequence[int]]) -> Similarities:
+        """`e` of token ids that were cut to the window; errors as `embed`."""
+        vectors = embed([self.text_of(row) for row in rows], self.model)
+        return Similarities(vectors @ self.centres.T / self.spread, self.known)
+
+
+def _stored(model: str, groups: Sequence[Sequence[str]], store: Store) -> list[Tensor]:
+    """The embeddings (texts, d) of each group of texts, which the store keeps."""
+    digest = hashlib.sha256()
+    for name, tensor in load_encoder(model).state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sampled(tensor).numpy().tobytes())
+    files = []
+    for group in groups:
+        content = json.dumps([digest.hexdigest(), list(group)])
+        files.append(f"encoded/{hashlib.sha256(content.encode()).hexdigest()[:24]}")
+    missing = {file: group for file, group in zip(files, groups, strict=True) if not store.get(file)}
+    vectors = embed([text for group in missing.values() for text in group], model) if missing else torch.empty(0)
+    for file, part in zip(missing, torch.split(vectors, [len(group) for group in missing.values()]), strict=True):
+        store.put(file, {"vectors": part.clone()})
+    return [store.get(file)["vectors"] for file in files]
+
+
+def embed(texts: Sequence[str], model: str = DEFAULT_MODEL, instruction: str = "", device: str = "cpu") -> Tensor:
+    """Embeds texts: (texts, d), float32 on the CPU, rows of length 1.
+
+    INSTRUCTOR models (arXiv 2212.09741) leave the tokens of an instruction out of the mean. sentence-transformers does
+    so only for three models that it knows by their Hub ids; here a model counts as INSTRUCTOR if its name says so, if
+    it is LoraRetriever's own, or if its pooling was saved with `include_prompt: false`.
+
+    Args:
+        model: a Hub id or a folder. It is loaded once; a folder, or a model in the cache, needs no network.
+        instruction: put before every text. INSTRUCTOR models get both without blanks around them.
+
+    Raises:
+        MissingLibrary: sentence-transformers is not installed.
+        HubError: the model is not a folder, and cannot be fetched from the Hub.
+        ModelError: it cannot be loaded.
+    """
+    loaded = load_encoder(model, device)
+    if any(getattr(module, "include_prompt", True) is False for module in loaded):
+        instruction = instruction.strip()
+        texts = [text.strip() for text in texts]
+    with torch.no_grad():
+        vectors: Tensor = loaded.encode(
+            list(texts),
+            prompt=instruction or None,
+            batch_size=_BATCH,
+            convert_to_tensor=True,
+            show_progress_bar=False,
+        )
+    return normalize(vectors.float().cpu(), dim=-1)
+
+
+@functools.lru_cache(maxsize=2)
+def load_encoder(model: str, device: str = "cpu") -> Any:
+    """The model that `embed` reads with, loaded once; errors as there."""
+    need("a text encoder", "sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+
+    folder = _fetch(model)
+    try:
+        loaded = SentenceTransformer(folder, device=device, local_files_only=True)
+    except Exception as error:  # of any kind that transformers or the model's own files raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(
+            f"text encoder {model!r} cannot be loaded: {reason[:300]}; expected a sentence-transformers model"
+        ) from error
+    # The library gets a folder, so it does not recognise even the INSTRUCTOR models that it knows by their ids.
+    if model == _LORA_RETRIEVER or "instructor" in Path(model).name.lower():
+        loaded.set_pooling_include_prompt(False)
+    return loaded
+
+
+def _fetch(model: str) -> str:
+    """The folder of a model; one of the Hub is downloaded, unless it is in the cache."""
+    if Path(model).is_dir():
+        return model
+    repo_id = model if "/" in model else f"sentence-transformers/{model}"
+    if not is_hub_id(repo_id):
+        raise ModelError(f"text encoder {model!r}: no such folder, and not a Hub id such as {DEFAULT_MODEL!r}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(repo_id, ignore_patterns=_OTHER_FRAMEWORKS)
+    except Exception as error:  # httpx, xet and the file system each raise their own kinds
+        raise hub_error(repo_id, error) from error

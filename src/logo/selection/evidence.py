@@ -1,0 +1,91 @@
+"""Evidence: what says that an adapter was made for a prompt, and one score of all that there is.
+
+An adapter is scored by up to three kinds of evidence, each in units of how far apart it lies on ordinary texts:
+
+    r    its response to the prompt                            always             `logo.selection.reference`
+    s    how similar the prompt is to its example prompts,     if it has some     `logo.selection.examples`
+         as the base model reads them
+    e    the same, as a text encoder reads them                if there is one    `logo.selection.encoder`
+
+    score_i = RESPONSE r_i + s_i + e_i
+
+What an adapter lacks is estimated from its response, so that all scores are on one scale:
+
+    s_j = s̄ + r_j - r̄        s̄, r̄: means over the adapters that have it, the best of them left out
+
+with `FEW_KNOWN` more adapters in `s̄` whose evidence is that of ordinary texts, 0. If a call names candidates, the means
+are those of the candidates alone. In a pool without example prompts, the score is the response.
+docs/how-selection-works.md has the measurements behind this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The weight of responses: example prompts say more (docs/how-selection-works.md).
+RESPONSE = 0.5
+# In s̄, so many adapters more are counted, whose evidence is that of ordinary texts.
+FEW_KNOWN = 4
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Evidence from example prompts.
+
+    Attributes:
+        values: (rows, adapters that have it), in units of how far apart it lies on ordinary texts.
+        known: (adapters,) bool, in pool order: those that have it.
+    """
+
+    values: Tensor
+    known: Tensor
+
+    def among(self, row: int, columns: Tensor) -> Similarities:
+        """Those of one row, and of some adapters (adapters,) bool."""
+        return Similarities(self.values[row : row + 1, columns[self.known]], self.known[columns])
+
+    def complete(self, responses: Tensor) -> Tensor:
+        """(rows, adapters): with an estimate for the adapters that have none, from responses (rows, adapters)."""
+        if self.known.all():
+            return self.values
+        estimated = responses - responses.mean(dim=1, keepdim=True)
+        if not self.known.any():
+            return estimated
+        others = self.values.shape[1] - 1
+        best = self.values.argmax(dim=1, keepdim=True)
+        level = responses.mean(dim=1)
+        if others:
+            own = responses[:, self.known]
+            level = (own.sum(dim=1) - own.gather(1, best)[:, 0]) / others
+        unrelated = (self.values.sum(dim=1) - self.values.gather(1, best)[:, 0]) / (others + FEW_KNOWN)
+        estimated = (unrelated - level)[:, None] + responses
+        estimated[:, self.known] = self.values
+        return estimated
+
+
+def together(
+    responses: Tensor, similar: Similarities, encoded: Similarities | None = None, selectable: Tensor | None = None
+) -> Tensor:
+    """Scores (rows, adapters) of all evidence together.
+
+    Args:
+        responses: (rows, adapters), in units of how far apart they lie on ordinary texts.
+        selectable: (rows, adapters) bool: which may be selected (None: all); others get -inf.
+    """
+    if selectable is None:
+        return _sum(responses, similar, encoded)
+    scores = torch.full_like(responses, -torch.inf)
+    for row, columns in enumerate(selectable):
+        of_encoder = None if encoded is None else encoded.among(row, columns)
+        scores[row, columns] = _sum(responses[row : row + 1, columns], similar.among(row, columns), of_encoder)[0]
+    return scores
+
+
+def _sum(responses: Tensor, similar: Similarities, encoded: Similarities | None) -> Tensor:
+    total = RESPONSE * responses + similar.complete(responses)
+    if encoded is not None:
+        total = total + encoded.complete(responses)
+    return total
