@@ -23,6 +23,7 @@ from logo.selection.selector import Evidence, Selector
 from logo.selection.signals import Signal
 from logo.selection.texts import windowed
 from logo.vllm import plugin
+from logo.vllm.encoding import Encoding
 from logo.vllm.launch import EXTENSION
 from logo.vllm.patches import options_of
 from logo.vllm.pool import pool_of, rank_of, scoring_signals
@@ -63,6 +64,7 @@ class Served:
 
     pool: AdapterPool
     opened: Mapping[str, OpenSignal]
+    encoding: Encoding | None = None  # by a text encoder, if there is one
 
 
 class Engine:
@@ -100,6 +102,7 @@ class Engine:
         self.run = run
         self.options = options
         self._rank = lora.max_lora_rank
+        self._tokenizer = model.tokenizer
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self.served = Served(pool_of(options, self.skeleton), {})
         self.slots = Slots(lora.max_loras, lambda into: self.call("load", into))
@@ -147,7 +150,9 @@ class Engine:
     async def _opened(self, pool: AdapterPool, signals: Sequence[str] | None) -> Served:
         if signals is None:
             signals = scoring_signals(self.options, self.skeleton, pool)
-        return Served(pool, {signal: await self._open_signal(pool, signal) for signal in signals})
+        opened = {signal: await self._open_signal(pool, signal) for signal in signals}
+        encoding = await asyncio.to_thread(Encoding.of, pool, self.options.settings, self._tokenizer)
+        return Served(pool, opened, encoding)
 
     async def _open_signal(self, pool: AdapterPool, signal: str) -> OpenSignal:
         """Opens the scorer of a signal in all workers, which say again and again which texts have to be run for it."""
@@ -165,7 +170,8 @@ class Engine:
             texts = [] if differ else first["texts"]
             if not texts and not differ:
                 break
-            keys = await self._probe(pool.digest, "", texts, [None] * len(texts)) if texts else []
+            nothing = [None] * len(texts)
+            keys = await self._probe(pool.digest, "", texts, nothing, nothing) if texts else []
         facts = first["selector"]
         evidence = facts["evidence"] and Evidence(**facts["evidence"])
         selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
@@ -239,7 +245,10 @@ class Engine:
                 break
             windows = [windowed(rows[i], window) for i in unread]
             names = [among[i] for i in unread]
-            keys = await self._probe(served.pool.digest, signal, windows, names, plain=plain, alone=alone)
+            encoded: Sequence[tuple[float, ...] | None] = [None] * len(windows)
+            if served.encoding is not None and not plain:
+                encoded = await asyncio.gather(*map(served.encoding.similarities, windows))
+            keys = await self._probe(served.pool.digest, signal, windows, names, encoded, plain=plain, alone=alone)
             for i, outcome in zip(unread, await self._take(keys), strict=True):
                 outcomes[i] = outcome
         for outcome in outcomes:
@@ -248,15 +257,23 @@ class Engine:
         return outcomes
 
     async def _probe(
-        self, digest: str, signal: str, rows: Rows, among: Among, *, plain: bool = False, alone: bool = False
+        self,
+        digest: str,
+        signal: str,
+        rows: Rows,
+        among: Among,
+        encoded: Sequence[tuple[float, ...] | None],
+        *,
+        plain: bool = False,
+        alone: bool = False,
     ) -> list[str]:
-        """Runs prompts as probes, and returns the keys of their results."""
+        """Runs prompts as probes, and returns the keys of their results; arguments as `ProbeRequest`."""
         from vllm import SamplingParams
 
         probes = []
-        for names in among:
+        for names, similarities in zip(among, encoded, strict=True):
             listed = None if names is None else tuple(sorted(names))
-            probes.append(ProbeRequest(uuid.uuid4().hex, digest, signal, listed, plain, alone))
+            probes.append(ProbeRequest(uuid.uuid4().hex, digest, signal, listed, plain, alone, similarities))
         # Hidden vectors of tokens whose keys and values come from the cache would not be computed.
         once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True)
         await self.run([(row, once, lora_request(probe)) for row, probe in zip(rows, probes, strict=True)])

@@ -65,6 +65,7 @@ class ProbeRequest:
     among: tuple[str, ...] | None = None  # the adapters that may be selected, others may have no score (-inf)
     plain: bool = False  # whether example prompts do not count
     alone: bool = False  # whether nobody may find its keys and values in vLLM's cache
+    encoded: tuple[float, ...] | None = None  # what a text encoder says of the adapters with example prompts
 
     @property
     def path(self) -> str:
@@ -77,8 +78,9 @@ def parse(path: str) -> Mix | ProbeRequest | None:
     """What the path of a `LoRARequest` says; None: the request is not ours."""
     content: Any = json.loads(path) if path.startswith("{") else {}
     if "probe" in content:
-        key, pool, signal, among, plain, alone = content["probe"]
-        return ProbeRequest(key, pool, signal, None if among is None else tuple(among), plain, alone)
+        key, pool, signal, among, plain, alone, encoded = content["probe"]
+        names = None if among is None else tuple(among)
+        return ProbeRequest(key, pool, signal, names, plain, alone, None if encoded is None else tuple(encoded))
     if "mix" in content:
         parts = ((key, weight, Activation(tuple(tokens), last)) for key, weight, tokens, last in content["mix"])
         return Mix(tuple(parts), content.get("prompt"))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from logo.selection.evidence import Similarities
 from logo.selection.points import Point
 from logo.selection.reference import FADING, finished
 from logo.selection.scorer import Scorer
@@ -285,9 +286,14 @@ def _scores(reading: _PromptReading, scorer: Scorer) -> list[float]:
     responses = [reading.means[i] for i in range(len(scorer.indices))]  # (2, adapters)
     # The readings of all points: the even ones, then the late ones.
     per_point = [finished(mean[kind : kind + 1], signal.scale) for kind in range(signal.readings) for mean in responses]
-    descriptions = [] if reading.span.probe.plain else [reading.means[i][None] for i in scorer.described]
+    probe = reading.span.probe
+    descriptions = [] if probe.plain else [reading.means[i][None] for i in scorer.described]
     read = torch.tensor([len(reading.span.prompt) - reading.first])
-    scores: list[float] = scorer.score_responses(per_point, descriptions, read, [reading.span.probe.among])[0].tolist()
+    described = scorer.examples.described
+    encoded = None
+    if probe.encoded is not None and described is not None:
+        encoded = Similarities(torch.tensor([probe.encoded]), described.known)
+    scores: list[float] = scorer.score_responses(per_point, descriptions, read, [probe.among], encoded)[0].tolist()
     return scores
 
 
