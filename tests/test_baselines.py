@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from logo.demo import heldout
 from logo.errors import DataError, HubError, LoGoError, ModelError, UsageError
 from logo.rows import Row
 from logo.scoring import Scored
+from logo.selection.settings import SelectionSettings
 from make_adapters import edit_weights, write_peft
 from test_engine import PROMPTS, engine, hooks, write_adapter
 from tolerances import same_scores, same_tensor, same_weights
@@ -367,6 +369,36 @@ def test_a_model_that_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyP
     assert f"text encoder '{tmp_path}' cannot be loaded" in said(str(tmp_path), ModelError)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "Hub repo sentence-transformers/none: not in the cache" in said("none", HubError)
+
+
+# -- a text encoder as evidence beside the base model ----------------------------------------------------------------
+
+
+def test_a_text_encoder_is_evidence(llama: nn.Module, pool: Path, sentences: str, tmp_path: Path) -> None:
+    """Its cosines, in units of how far apart ordinary texts lie, are added to the scores; what it has read is kept."""
+    settings = SelectionSettings(cache=str(tmp_path))
+    logo = engine(llama, pool)
+    without = LoGo(logo.model, logo.tokenizer, logo.pool, settings=settings)
+    encoding = LoGo(logo.model, logo.tokenizer, logo.pool, settings=replace(settings, encoder=sentences))
+    texts = [logo.prompts.text_of(row) for row in logo.prompts.texts(PROMPTS)]
+    means = torch.stack([vectors(sentences, SAMPLES[name]).mean(dim=0) for name in logo.names])
+    cosines = vectors(sentences, texts) @ torch.nn.functional.normalize(means, dim=1).T
+
+    def scores(engine: LoGo) -> torch.Tensor:
+        return torch.tensor([list(selection.scores.values()) for selection in engine.select(PROMPTS)])
+
+    added = scores(encoding) - scores(without)
+    unit = float(added.norm() / cosines.norm())
+    assert unit > 1
+    torch.testing.assert_close(added, unit * cosines, atol=1e-3, rtol=1e-3)
+    read = [file for file in tmp_path.rglob("encoded/*.safetensors")]
+    assert len(read) == 1 + len(logo.names)
+
+
+def test_an_encoder_that_cannot_be_loaded_is_refused_first(llama: nn.Module, pool: Path) -> None:
+    logo = engine(llama, pool)
+    with pytest.raises(ModelError, match="text encoder 'no such': no such folder, and not a Hub id"):
+        LoGo(logo.model, logo.tokenizer, logo.pool, settings=SelectionSettings(encoder="no such"))
 
 
 # -- arrow ------------------------------------------------------------------------------------------------------
