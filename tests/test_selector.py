@@ -21,7 +21,6 @@ from logo.selection.selector import (
     LEAST,
     PRIOR,
     RESPONSES,
-    SHARP,
     UNSURE,
     USUAL_SIZE,
     Evidence,
@@ -145,7 +144,7 @@ def test_weights_are_those_of_a_sharp_and_a_broad_mixture_as_the_confidence_says
     q = sharpness(confidence(*scores, evidence=evidence), evidence)
     ranked = np.array(scores[:5]) / evidence.spread(scores)
     assert 0.05 < q < 0.9
-    sharp, broad = np.exp(ranked / SHARP), np.exp(ranked / evidence.breadth)
+    sharp, broad = np.exp(ranked / evidence.sharpness), np.exp(ranked / evidence.breadth)
     sharp, broad = sharp / sharp.sum(), broad / broad.sum()
     sizes = {f"a{i:02}": HALVED * (i + 1) for i in range(8)}
     size = sum(weight * HALVED * (i + 1) for i, weight in enumerate(broad))

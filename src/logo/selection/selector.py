@@ -7,7 +7,7 @@ adaptive   w = q · sharp + (1 - q) · broad
     evidence    = (best score - mean of the next five) / spread + max(0, best score - familiar)
     p           = 1 / (1 + exp(-steepness · (evidence - even) - logit(prior) + logit(0.8)))       the confidence
     q           = boldness · p / (1 + (boldness - 1) · p): the odds of p, so many times
-    sharp_i     ∝ exp(score_i / (SHARP · spread)), and its sum is 1
+    sharp_i     ∝ exp(score_i / (sharpness · spread)), and its sum is 1
     broad_i     ∝ exp(score_i / (breadth · spread)), and its sum is 1 / (1 + size / HALVED)
     size        = mean over broad of the adapters' sizes: mean over points of ‖ΔW_i‖_F / ‖W‖_F      ΔW_i = s_i B_i A_i
 
@@ -40,8 +40,6 @@ from logo.errors import LoGoError, NotFinite, PoolError, Unsure, UsageError, che
 FIELD = 5
 # How far apart scores lie on texts that are nobody's, roughly.
 CHANCE = 0.3
-# Softmax temperature of the sharp mixture, in units of the spread: adapters share the weight if they are nearly equal.
-SHARP = 0.25
 # If the adapters of a broad mixture have this relative size, its weights sum to one half: adapters that were not made
 # for a prompt disturb the base model.
 HALVED = 0.08
@@ -65,13 +63,16 @@ class Evidence:
         steepness: how fast the confidence grows with the evidence.
         even: the evidence at which it is one half, for the usual prior.
         familiar: what the best score has above this number is added to the evidence.
-        breadth: softmax temperature of the broad mixture, in units of the spread.
+        sharpness: softmax temperature of the sharp mixture, in units of the spread: nearly equal adapters share the
+            weight.
+        breadth: that of the broad mixture.
         boldness: how often the odds of the confidence count in the weights.
     """
 
     steepness: float
     even: float
     familiar: float
+    sharpness: float
     breadth: float
     boldness: float
 
@@ -92,8 +93,8 @@ class Evidence:
 
 
 # For scores of responses, and for those to which example prompts contribute, whose order is more reliable.
-RESPONSES = Evidence(steepness=2.0, even=2.0, familiar=3.0, breadth=2.5, boldness=1.0)
-EXAMPLES = Evidence(steepness=1.25, even=1.65, familiar=math.inf, breadth=1.0, boldness=2.0)
+RESPONSES = Evidence(steepness=2.0, even=2.0, familiar=3.0, sharpness=0.25, breadth=2.5, boldness=1.0)
+EXAMPLES = Evidence(steepness=1.25, even=1.65, familiar=math.inf, sharpness=1.0, breadth=1.0, boldness=1.0)
 
 
 @dataclass(frozen=True)
@@ -187,12 +188,12 @@ def adaptive_weights(
         margins: (adapters,), the scores less the best one, in units of the spread, the best one first.
         sizes: (adapters,), their relative sizes.
     """
-    sharp = np.exp(margins / SHARP)
+    sharp = np.exp(margins / evidence.sharpness)
     sharp = sharp / sharp.sum()
     broad = np.exp(margins / evidence.breadth)
     broad = broad / broad.sum()
-    sharpness = evidence.boldness * confidence / (1 + (evidence.boldness - 1) * confidence)
-    weights = sharpness * sharp + (1 - sharpness) * broad / (1 + broad @ sizes / HALVED)
+    share = evidence.boldness * confidence / (1 + (evidence.boldness - 1) * confidence)
+    weights = share * sharp + (1 - share) * broad / (1 + broad @ sizes / HALVED)
     enough = weights >= LEAST * weights[0]
     weights[0] += weights[~enough].sum()
     return list(weights[enough].tolist())  # the best ones', since they fall with the score
