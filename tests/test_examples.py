@@ -95,18 +95,18 @@ def test_one_formula_for_all_evidence(responses: torch.Tensor, known: list[bool]
     torch.manual_seed(seed)
     which = torch.tensor(known)
     similar = Similarities(torch.randn(2, sum(known)), which)
-    scores = together(responses, similar)
+    scores = together(responses, [similar])
     expected = RESPONSE * responses[:, which] + similar.values
     torch.testing.assert_close(scores[:, which], expected)
     estimated = scores[:, ~which] - (RESPONSE + 1) * responses[:, ~which]
     torch.testing.assert_close(estimated, estimated[:, :1].expand_as(estimated), atol=1e-4, rtol=0)
     encoded = Similarities(torch.randn(2, sum(known)), which)
-    both = together(responses, similar, encoded)
+    both = together(responses, [similar, encoded])
     torch.testing.assert_close(both[:, which], expected + encoded.values)
     among = torch.tensor([True, True, False, True, True])
     alone = Similarities(similar.values[:, among[which]], which[among])
-    found = together(responses, similar, None, among.expand(2, -1))
-    torch.testing.assert_close(found[:, among], together(responses[:, among], alone), atol=1e-5, rtol=0)
+    found = together(responses, [similar], among.expand(2, -1))
+    torch.testing.assert_close(found[:, among], together(responses[:, among], [alone]), atol=1e-5, rtol=0)
     assert bool((found[:, ~among] == -torch.inf).all())
 
 

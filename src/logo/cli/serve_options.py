@@ -67,7 +67,7 @@ class ServerOptions:
     """This process, or vLLM's own server."""
 
     replicas: Annotated[int | None, in_words("one", validator=positive)] = None
-    """With --engine vllm: how many processes answer (needs Ray; on its cluster RAY_ADDRESS, if set)."""
+    """With --engine vllm: how many processes answer (needs Ray)."""
 
     dry_run: bool = False
     """With --engine vllm: print what would be started, without secrets."""

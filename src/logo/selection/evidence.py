@@ -20,6 +20,7 @@ docs/how-selection-works.md has the measurements behind this.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,26 +67,21 @@ class Similarities:
         return estimated
 
 
-def together(
-    responses: Tensor, similar: Similarities, encoded: Similarities | None = None, selectable: Tensor | None = None
-) -> Tensor:
+def together(responses: Tensor, evidence: Sequence[Similarities], selectable: Tensor | None = None) -> Tensor:
     """Scores (rows, adapters) of all evidence together.
 
     Args:
         responses: (rows, adapters), in units of how far apart they lie on ordinary texts.
+        evidence: what there is beside them.
         selectable: (rows, adapters) bool: which may be selected (None: all); others get -inf.
     """
     if selectable is None:
-        return _sum(responses, similar, encoded)
+        total = RESPONSE * responses
+        for kind in evidence:
+            total = total + kind.complete(responses)
+        return total
     scores = torch.full_like(responses, -torch.inf)
     for row, columns in enumerate(selectable):
-        of_encoder = None if encoded is None else encoded.among(row, columns)
-        scores[row, columns] = _sum(responses[row : row + 1, columns], similar.among(row, columns), of_encoder)[0]
+        of_row = [kind.among(row, columns) for kind in evidence]
+        scores[row, columns] = together(responses[row : row + 1, columns], of_row)[0]
     return scores
-
-
-def _sum(responses: Tensor, similar: Similarities, encoded: Similarities | None) -> Tensor:
-    total = RESPONSE * responses + similar.complete(responses)
-    if encoded is not None:
-        total = total + encoded.complete(responses)
-    return total

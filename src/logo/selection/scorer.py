@@ -243,7 +243,7 @@ class Scorer:
     @property
     def described(self) -> range:
         """The numbers of the points at which prompts are described, to be compared with example prompts."""
-        return range(len(self.indices), len(self.points))
+        return range(len(self.indices), len(self.probe.points))
 
     @cached_property
     def _cells(self) -> Tensor:
@@ -354,8 +354,10 @@ class Scorer:
         scores = self._reference.compare(by_cell.view(len(names), columns, -1), selectable)
         described = self.examples.described
         if described is not None and descriptions:
-            similar = described.similarities(descriptions)
-            return together(scores / self._usual_spread, similar, encoded, selectable)
+            evidence = [described.similarities(descriptions)]
+            if encoded is not None:
+                evidence.append(encoded)
+            return together(scores / self._usual_spread, evidence, selectable)
         if self.signal.token == "each" and described is None:
             scores = scores * self._reference.factors(tokens)[:, None]
         return scores
