@@ -134,9 +134,8 @@ class _Describer:
             descriptions.append(both_means(hidden, owners, *emphasis(owners, len(rows))).cpu())
         return descriptions
 
-    def ordinary(self) -> list[Tensor]:
+    def ordinary(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """The descriptions of ordinary texts, from the store if it has them."""
-        rows = self.reading.texts.rows
         file = self._file(rows, "ordinary")
         if not self.reading.store.get(file):
             self._put(file, self.described(rows))
@@ -177,6 +176,7 @@ class _Describer:
 
 def examples_of(
     reading: Reading,
+    ordinary: Sequence[Sequence[int]],
     examples: Sequence[Sequence[Sequence[int]]],
     points: Sequence[Point],
     device: torch.device,
@@ -185,7 +185,8 @@ def examples_of(
     """The described example prompts of a pool; None if no adapter has any.
 
     Args:
-        reading: its texts are the ordinary ones. Descriptions are kept in its store, or their means; the texts never.
+        reading: in its store, descriptions of ordinary texts are kept, and means of those of examples; no texts.
+        ordinary: the token ids of ordinary texts.
         examples: the token ids of each adapter's example prompts, in pool order; cut to the window.
         points: where prompts are described.
         device: where descriptions are compared.
@@ -194,10 +195,10 @@ def examples_of(
     if not known.any():
         return None
     describer = _Describer(reading, points, run)
-    ordinary = describer.ordinary()
-    spaces = Whitening.stacked([Whitening.of(depth[:, kind]) for depth in ordinary for kind in (0, 1)]).to(device)
+    usual = describer.ordinary(ordinary)
+    spaces = Whitening.stacked([Whitening.of(depth[:, kind]) for depth in usual for kind in (0, 1)]).to(device)
     means = describer.means([rows for rows in examples if rows], spaces)
     # The mean of what is whitened is the whitened mean.
     centres = whitened(spaces, [torch.cat(depth) for depth in zip(*means, strict=True)]).mT.contiguous()
     owners = torch.repeat_interleave(torch.tensor([len(depths[0]) for depths in means]))
-    return Examples(spaces, centres, owners, known, spread_of(whitened(spaces, ordinary)))
+    return Examples(spaces, centres, owners, known, spread_of(whitened(spaces, usual)))

@@ -30,7 +30,7 @@ from logo.selection.reference import LATE_WEIGHT, Reference, both_means, emphasi
 from logo.selection.selector import EXAMPLES, RESPONSES, Selector, relative_sizes
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
-from logo.selection.texts import NEUTRAL, REQUESTS, WHOLE, Texts, windowed
+from logo.selection.texts import EVERYDAY, NEUTRAL, REQUESTS, WHOLE, Texts, windowed
 from logo.selection.whitening import Whitening
 
 # Texts, the tokens with which each has to end, and whether the forms of conversations vary -> token ids.
@@ -98,10 +98,11 @@ class BaseReader:
         if not points or not any(adapter.examples for adapter in adapters):
             return ExamplesRead()
         rows = [self.encoded(reading.signal, adapter.examples) if adapter.examples else [] for adapter in adapters]
-        described = examples_of(reading, rows, points, self.device_at(points[0]), self.runner)
+        ordinary = [*reading.texts.neutral, *self.encoded(reading.signal, EVERYDAY)]
+        described = examples_of(reading, ordinary, rows, points, self.device_at(points[0]), self.runner)
         encoded = None
         if settings.encoder is not None and self.text_of is not None:
-            encoded = EncodedExamples.of(settings.encoder, self.text_of, rows, reading.texts.rows, reading.store)
+            encoded = EncodedExamples.of(settings.encoder, self.text_of, rows, ordinary, reading.store)
         return ExamplesRead(points, described, encoded)
 
     def index_requests(

@@ -1,8 +1,10 @@
-"""The texts of a calibration: neutral ones, and unlabelled requests of many kinds, which are in `texts.json`.
+"""The texts of a calibration, which are in `texts.json`: neutral ones, and two kinds of unlabelled requests.
 
 The neutral ones were written for this purpose: short, and spread over prose, questions, instructions, dialogue, code,
 lists, numbers and languages, so that no adapter was trained for many of them. The requests carry no label, answer or
-adapter name; users with prompts of their own give those instead (`--calibration-prompts`).
+adapter name; users with prompts of their own give those instead (`--calibration-prompts`). The everyday requests, four
+for each of 36 tasks and all worded differently, were written by someone who knew no pool: what prompts of one task have
+in common shows best beside many requests of other tasks.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ USUAL_WINDOW = (32, 32)
 _KINDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 NEUTRAL: tuple[str, ...] = tuple(text for kind in _KINDS["neutral"].values() for text in kind)
 REQUESTS: tuple[str, ...] = tuple(text for kind in _KINDS["requests"].values() for text in kind)
+EVERYDAY: tuple[str, ...] = tuple(text for task in _KINDS["everyday"].values() for text in task)
 
 
 @dataclass(frozen=True)
