@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import warnings
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,7 @@ from logo.prompts import Prompts, Truncation
 from logo.scoring import MAX_TOKENS, score_pairs
 from logo.selection.calibration import Calibration
 from logo.selection.encoder import load_encoder
+from logo.selection.evidence import Kind
 from logo.selection.index import Tell
 from logo.selection.scorer import BaseReader, Scorer
 from logo.selection.settings import ProbeContext, SelectionSettings, check_context
@@ -114,6 +117,7 @@ class LoGo(AnsweringEngine):
         self.probe_context = probe_context
         self.merge = merge
         self._generation_config = generation_config
+        self._evidence: tuple[Kind, ...] | None = None  # all that there is
         self._on_bad_adapter = on_bad_adapter
         vocabulary = model.get_input_embeddings().weight.shape[0]
         self.prompts = Prompts(tokenizer, context_length(model), truncation, settings.probe_text, vocabulary)
@@ -185,6 +189,15 @@ class LoGo(AnsweringEngine):
         """The devices that compute."""
         return devices(self.model)
 
+    def only(self, evidence: Collection[Kind]) -> LoGo:
+        """An engine on the same model and pool that selects by some kinds of evidence alone, for studies:
+        `"responses"`, `"examples"`, `"encoder"`. Its first selection raises UsageError for a kind that is lacking."""
+        engine = copy.copy(self)
+        engine._evidence = tuple(evidence)
+        state = self._current()
+        engine._state = replace(state, scorers={}, earlier={**state.earlier, **state.scorers})
+        return engine
+
     def calibrate(self, signal: str | None = None, tell: Tell | None = None) -> Calibration | None:
         """Calibrates adapters that are not cached, and indexes all, which the first selection would do otherwise.
 
@@ -218,6 +231,8 @@ class LoGo(AnsweringEngine):
             state = state.with_weights(self._weights.stamp())
             before = state.scorers.get(signal) or state.earlier.get(signal)
             scorer = Scorer.open(base, state.fitted, self.settings, signal, before=before, tell=tell)
+        if self._evidence is not None:
+            scorer = scorer.only(self._evidence)
         return state.with_scorer(signal, scorer)
 
     def take(self, prepared: EngineState, instead_of: AdapterPool | None = None) -> None:

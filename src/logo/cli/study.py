@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +44,14 @@ COLUMNS = {
     "confidence": "confidence",
 }
 SHOWN = 10  # confusions that are printed
+AUROC = "AUROC of the confidence"
+ERROR = "reliability error"
+BY_WORDING = (  # what a study of several wordings shows of each: protocols and metrics
+    *(("in-pool", metric) for metric in ("top1", "exact_match", "score", "of_target", "nll")),
+    *(("removed", metric) for metric in ("nll", AUROC)),
+    *(("out-of-pool", metric) for metric in ("exact_match", "score", "nll", AUROC)),
+    ("all", ERROR),
+)
 
 
 @Parameter(name="*", group=ROWS)
@@ -51,8 +59,9 @@ SHOWN = 10  # confusions that are printed
 class StudyRows:
     """Which rows, and where the study is written."""
 
-    rows: Path
-    """Folder of NAME.jsonl; NAME is the adapter whose rows they are."""
+    rows: list[str]
+    """Folder of NAME.jsonl; NAME is the adapter whose rows they are. Several with commas: the same tasks in other
+    wordings."""
 
     save: Path
     """Folder to write run.json and rows.jsonl to."""
@@ -69,11 +78,28 @@ class StudyRows:
     overwrite: bool = False
     """Begin again, and replace what is there."""
 
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The folders by wording, which is the last part of the name of each, or "" if there is one; raises
+        UsageError."""
+        folders = [Path(part) for part in parts(",".join(self.rows))]
+        if len(folders) == 1:
+            return {"": folders[0]}
+        by_wording = {folder.resolve().name: folder for folder in folders}
+        if len(by_wording) < len(folders) or not folders:
+            found = listed([str(folder) for folder in folders]) or "none"
+            raise UsageError(f"--rows: expected folders of different names, each a wording of the tasks, found {found}")
+        return by_wording
+
     def datasets(self) -> list[Dataset]:
         """The tasks, every row checked; raises UsageError for a `--save` that is no folder of the study's own."""
         from logo.evaluation.datasets import find_datasets
 
-        tasks = find_datasets(self.rows, self.tasks, limit=self.limit, train_rows=self.train_rows, answers=False)
+        tasks = [
+            replace(task, wording=wording)
+            for wording, folder in self.folders.items()
+            for task in find_datasets(folder, self.tasks, limit=self.limit, train_rows=self.train_rows, answers=False)
+        ]
         there = ""
         if self.save.is_file():
             there = "a file"
@@ -97,7 +123,7 @@ class ContestOptions:
     """What is compared on every row, and how."""
 
     signals: str = "calibrated,norm,entropy"
-    """Signals to compare, `a,b`."""
+    """Signals to compare, `a,b`, or kinds of evidence: responses, examples, encoder, and sums, `responses+encoder`."""
 
     methods: str = ""
     """Methods to compare them with, `loraretriever,lorahub`."""
@@ -115,14 +141,15 @@ class ContestOptions:
     def contest(self) -> Contest:
         """The contest; raises UsageError for a signal, method, option or protocol that does not exist."""
         from logo.baselines import get_methods
-        from logo.evaluation.contest import ALWAYS, Contest
+        from logo.evaluation.contest import ALWAYS, Contest, evidence_in
         from logo.selection.signals import get_signal
 
         names = [name for name in parts(self.methods) if name not in ALWAYS]
         methods = get_methods(names, method_arguments(self.method_args))
         signals = parts(self.signals)
         for name in signals:
-            get_signal(name)
+            if not evidence_in(name):
+                get_signal(name)
         return Contest(tuple(signals), methods, tuple(parts(self.protocols)), self.generate)
 
 
@@ -151,7 +178,7 @@ def study(
     quiet_transformers()
     base_model = or_demo(pool)
     options = {
-        "signal": compared.signals[0],
+        "signal": compared.signal,
         "k": pool.n_selected_modules,
         "prior": pool.prior,
         "encoder": pool.encoder,
@@ -162,9 +189,10 @@ def study(
     command = command_record("eval study", rows, contest, pool)
     with closing(Measurer(opening(), compared)) as measurer, progress(disable=not err.is_terminal) as bars:
         names = list(measurer.facts.identity["pool"])
-        in_pool = sum(task.name in names for task in tasks)
+        of_tasks = {task.name for task in tasks}
+        in_pool = len(of_tasks.intersection(names))
         total = sum(len(task.rows) for task in tasks)
-        note(f"adapters: {len(names)} · tasks: {len(tasks)}, {in_pool} with an adapter of their own · rows: {total}")
+        note(f"adapters: {len(names)} · tasks: {len(of_tasks)}, {in_pool} with an adapter of their own · rows: {total}")
         bar = bars.add_task("rows", total=total)
 
         def tell(task: str) -> None:
@@ -179,7 +207,7 @@ def study(
     if json:
         print_json(report)
     else:
-        _show(report)
+        _show(report, list(rows.folders))
         note(str(rows.save))
 
 
@@ -188,16 +216,15 @@ def parts(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _show(report: Mapping[str, Any]) -> None:
-    """A table for each protocol, what a selection costs, the confidence of each signal, and what is confused most."""
+def _show(report: Mapping[str, Any], wordings: Sequence[str]) -> None:
+    """A table for each protocol, or for each metric of all wordings; what a selection costs, the confidence of each
+    signal, and what is confused most."""
     from logo.evaluation.contest import ALWAYS
 
-    for protocol, arms in report["protocols"].items():
-        metrics = [name for name in COLUMNS if any(name in numbers for numbers in arms.values())]
-        table = plain_table(protocol, *(f">{COLUMNS[name]}" for name in metrics))
-        for arm, numbers in arms.items():
-            table.add_row(arm, *(_cell(numbers.get(name)) for name in metrics))
-        screen(natural_width(table)).print(table, "")
+    if "wordings" in report:
+        _show_wordings(report, wordings)
+    else:
+        _show_protocols(report["protocols"])
     note(f"Means of the tasks' means; {_about_intervals(report)}.")
     if report.get("cut"):  # those of earlier versions do not have it
         note(
@@ -214,6 +241,41 @@ def _show(report: Mapping[str, Any]) -> None:
         out.print(Text(f"{arm} puts another adapter first: {_confused(pairs)}"))
     for arm, pairs in report["mistaken"].items():
         out.print(Text(f"{arm} is not unsure where no adapter fits: {_confused(pairs)}"))
+
+
+def _show_protocols(protocols: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table for each protocol: a row for each arm, and a column for each metric."""
+    for protocol, arms in protocols.items():
+        metrics = [name for name in COLUMNS if any(name in numbers for numbers in arms.values())]
+        table = plain_table(protocol, *(f">{COLUMNS[name]}" for name in metrics))
+        for arm, numbers in arms.items():
+            table.add_row(arm, *(_cell(numbers.get(name)) for name in metrics))
+        screen(natural_width(table)).print(table, "")
+
+
+def _show_wordings(report: Mapping[str, Any], wordings: Sequence[str]) -> None:
+    """A table for each metric: a row for each arm, a column for each wording, and one for all of them."""
+    there = [wording for wording in wordings if wording in report["wordings"]]
+    reports = [*(report["wordings"][wording] for wording in there), report]
+    for protocol, metric in BY_WORDING:
+        columns = [_by_arm(one, protocol, metric) for one in reports]
+        arms = columns[-1]
+        if arms:
+            what = COLUMNS.get(metric, metric)
+            table = plain_table(f"{protocol}, {what}", *(f">{wording}" for wording in there), ">all")
+            for arm, of_all in arms.items():
+                table.add_row(arm, *(_cell(column.get(arm), bare=True) for column in columns[:-1]), _cell(of_all))
+            screen(natural_width(table)).print(table, "")
+
+
+def _by_arm(report: Mapping[str, Any], protocol: str, metric: str) -> dict[str, dict[str, Any]]:
+    """A metric of each arm that has it; of the confidence, the AUROC against a protocol, or the error."""
+    if metric not in (AUROC, ERROR):
+        arms = report["protocols"].get(protocol, {})
+        return {arm: numbers[metric] for arm, numbers in arms.items() if metric in numbers}
+    confidence = report["confidence"].items()
+    values = {arm: one["auroc"].get(protocol) if metric == AUROC else one["error"] for arm, one in confidence}
+    return {arm: {"value": value, "interval": None} for arm, value in values.items() if value is not None}
 
 
 def _about_intervals(report: Mapping[str, Any]) -> str:
@@ -246,9 +308,9 @@ def _confused(pairs: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(words) + more
 
 
-def _cell(number: Mapping[str, Any] | None) -> Text:
-    """A number with its interval."""
+def _cell(number: Mapping[str, Any] | None, *, bare: bool = False) -> Text:
+    """A number with its interval, if it is not to be bare."""
     if number is None or number["value"] is None:
         return Text("-", style="dim")
-    ends = "" if number["interval"] is None else " [{:.2f}, {:.2f}]".format(*number["interval"])
+    ends = "" if bare or number["interval"] is None else " [{:.2f}, {:.2f}]".format(*number["interval"])
     return Text.assemble(f"{number['value']:.2f}", (ends, "dim"))

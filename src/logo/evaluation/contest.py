@@ -5,6 +5,10 @@
     out-of-pool   tasks that never had an adapter
 
 The rows of a task with an adapter in the pool have the first two, those of other tasks the last.
+
+A signal may be kinds of evidence instead (`logo.selection.evidence`): `responses`, `examples` and `encoder` are the
+signal `calibrated` by this evidence alone, and `responses+examples` by the sum of both. All that there is, is
+`calibrated` itself.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 
 from logo.baselines.method import Method
 from logo.errors import UsageError, closest
+from logo.selection.evidence import KINDS, Kind
 
 IN_POOL = "in-pool"
 REMOVED = "removed"
@@ -22,6 +27,17 @@ OUT_OF_POOL = "out-of-pool"
 PROTOCOLS = (IN_POOL, REMOVED, OUT_OF_POOL)
 ALWAYS = ("target", "uniform", "base")  # methods that every study of gold texts has
 SIGNALS = ("calibrated", "norm", "entropy")
+OF_EVIDENCE = "calibrated"  # the signal that kinds of evidence are of
+
+
+def evidence_in(name: str) -> tuple[Kind, ...]:
+    """The kinds of evidence that a name such as `examples+encoder` asks for; () for a signal. Raises UsageError for a
+    sum of something else."""
+    parts = name.split("+")
+    kinds = tuple(kind for kind in KINDS if kind in parts)
+    if len(parts) > max(1, len(kinds)):
+        raise UsageError(f"signal {name!r}: expected a sum of different kinds of evidence, {', '.join(KINDS)}")
+    return kinds
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,7 @@ class Contest:
     """What is compared on every row, and how.
 
     Attributes:
-        signals: of the engine, the first of which methods may use.
+        signals: of the engine, the first of which methods may use; or kinds of evidence, see `evidence_in`.
         methods: label -> method; those of `ALWAYS` are added.
         protocols: some of `PROTOCOLS`.
         new_tokens: length of generated answers; None: gold texts are only scored.
@@ -46,6 +62,11 @@ class Contest:
                 raise UsageError(f"protocol {name!r}{closest(name, PROTOCOLS)}; known: {', '.join(PROTOCOLS)}")
         if not (self.signals and self.protocols):
             raise UsageError("study: expected at least one signal and one protocol, found none")
+
+    @property
+    def signal(self) -> str:
+        """The signal of the engine itself."""
+        return next((name for name in self.signals if not evidence_in(name)), OF_EVIDENCE)
 
     def of(self, task: str, names: Sequence[str]) -> tuple[str, ...]:
         """The protocols of a task's rows, with a pool of these adapters."""

@@ -42,6 +42,7 @@ class Dataset:
         rows: those that were asked for.
         metric: how answers are judged.
         train_file: the file of the training rows, which need not exist; None if there is none.
+        wording: how its prompts are worded, where a study has the same tasks in several wordings.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Dataset:
     rows: tuple[Row, ...]
     metric: Kind = "em"
     train_file: Path | None = None
+    wording: str = ""
 
     @cached_property
     def train(self) -> tuple[Row, ...]:

@@ -1,9 +1,10 @@
 """A study: which signal or method finds the right adapters of a pool, and what that is worth.
 
 The rows of `DIR/NAME.jsonl` belong to the adapter of that name, the *target adapter* of the task, or to none. On each
-row every arm of a contest (`logo.evaluation.contest`), a signal of the engine or a method, selects a mixture under each
-protocol. Where the row has a gold text, it is scored under each mixture, teacher-forced, and answers are generated if
-asked. A row is one line of `rows.jsonl`, and `logo.evaluation.study_summary` makes a report of them.
+row every arm of a contest (`logo.evaluation.contest`), a signal of the engine, some of its evidence, or a method,
+selects a mixture under each protocol. Where the row has a gold text, it is scored under each mixture, teacher-forced,
+and answers are generated if asked. A row is one line of `rows.jsonl`, and `logo.evaluation.study_summary` makes a
+report of them. Several folders have the same tasks in several wordings.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from logo.adapters.peft import RECORD
 from logo.baselines.method import Method, Prepared
 from logo.errors import DataError, LoGoError, UsageError, listed
 from logo.evaluation.answer import Answerer, Facts, dataset_identity, front_of, task_of
-from logo.evaluation.contest import ALWAYS, IN_POOL, REMOVED, Contest
+from logo.evaluation.contest import ALWAYS, IN_POOL, OF_EVIDENCE, REMOVED, Contest, evidence_in
 from logo.evaluation.metrics import answer_in, by_measure, measure, measures
 from logo.evaluation.results import ROWS, RUN, Partial, differences, is_done, read_run
 from logo.evaluation.run import warn_of_copies
@@ -59,6 +60,8 @@ class Measurer:
     Args:
         answerer: the engine; its method is not used.
         contest: what is compared.
+
+    Raises UsageError: evidence that the pool or the engine does not have.
     """
 
     def __init__(self, answerer: Answerer, contest: Contest) -> None:
@@ -68,7 +71,11 @@ class Measurer:
         self._methods = {name: Method(name) for name in ALWAYS} | dict(contest.methods)
         # Prompts are selected for as they are scored and answered: not cut for a longer answer.
         self._new_tokens = contest.new_tokens or 1
-        self._prepared: dict[tuple[str, str, str], Prepared] = {}  # by method, task and protocol
+        self._prepared: dict[tuple[str, Path, str], Prepared] = {}  # by method, file of the task, and protocol
+        kinds = {name: evidence_in(name) for name in contest.signals}
+        self._of_evidence = {name: self._logo.only(kinds[name]) for name in contest.signals if kinds[name]}
+        for engine in self._of_evidence.values():
+            engine.calibrate(OF_EVIDENCE)
 
     @cached_property
     def facts(self) -> Facts:
@@ -99,6 +106,8 @@ class Measurer:
         if row.completion:
             self._judge(arms, task, row)
         record = {"task": task.name, "row": index, "prompt": row.prompt, "cut": prompt.cut}
+        if task.wording:
+            record["wording"] = task.wording
         return {**record, "arms": arms, "seconds": seconds}
 
     def tasks_of_protocols(self, tasks: Sequence[Dataset]) -> list[Dataset]:
@@ -106,10 +115,10 @@ class Measurer:
         names = self._logo.names
         of_protocols = [task for task in tasks if self.contest.of(task.name, names)]
         if not of_protocols:
-            in_pool = sum(task.name in names for task in tasks)
+            of_tasks = {task.name for task in tasks}
             raise UsageError(
-                f"protocols {', '.join(self.contest.protocols)}: they ask for none of these rows: {in_pool} of "
-                f"{len(tasks)} tasks have an adapter of their name"
+                f"protocols {', '.join(self.contest.protocols)}: they ask for none of these rows: "
+                f"{len(of_tasks.intersection(names))} of {len(of_tasks)} tasks have an adapter of their name"
             )
         return of_protocols
 
@@ -169,7 +178,10 @@ class Measurer:
 
     def _selecting(self, label: str, trial: Trial) -> Callable[[Any], Selection]:
         """Selects for a prompt of a task; a method is prepared before its first one."""
-        own = functools.partial(self._logo.select, candidates=trial.candidates, max_new_tokens=self._new_tokens)
+        among = {"candidates": trial.candidates, "max_new_tokens": self._new_tokens}
+        own = functools.partial(self._logo.select, **among)
+        if label in self._of_evidence:
+            return functools.partial(self._of_evidence[label].select, signal=OF_EVIDENCE, **among)
         if label in self.contest.signals:
             return functools.partial(own, signal=label)
         select = self._prepared_for(label, trial).select
@@ -177,7 +189,7 @@ class Measurer:
 
     def _prepared_for(self, label: str, trial: Trial) -> Prepared:
         """A method that knows the task."""
-        key = label, trial.task.name, trial.protocol
+        key = label, trial.task.file, trial.protocol
         if key not in self._prepared:
             unnamed = replace(task_of(trial.task, trial.candidates or ()), targets=(None,) * len(trial.task.rows))
             self._prepared[key] = self._methods[label].prepare(self._logo, unnamed)
@@ -271,6 +283,7 @@ def run_study(
     """Measures the rows that are not measured yet, writes `run.json` and `rows.jsonl`, and returns the report.
 
     Args:
+        tasks: of several folders, those of each have its `wording`.
         tell: called with a task's name after each of its rows, those that were measured before included.
 
     Raises:
@@ -286,7 +299,7 @@ def run_study(
         measurer.check(task)
     measurer.warn_of_known_prompts(tasks)
     learner = next((method for method in methods if method.needs == "train"), None)
-    identity = {**facts.identity, "tasks": {task.name: dataset_identity(task, learner) for task in tasks}}
+    identity = {**facts.identity, "tasks": {_label(task): dataset_identity(task, learner) for task in tasks}}
     begun = {**identity, "environment": dict(facts.environment)}
     stands = None if overwrite else functools.partial(is_done, folder, identity, begun, files=(RUN, ROWS))
     began = datetime.now(timezone.utc)
@@ -308,6 +321,11 @@ def run_study(
     return report
 
 
+def _label(task: Dataset) -> str:
+    """The name of a task, with its wording if there are several."""
+    return f"{task.wording}/{task.name}" if task.wording else task.name
+
+
 def _stored_report(folder: Path, facts: Facts) -> dict[str, Any]:
     """The report of a finished study; warns if it was measured in another environment."""
     about = read_run(folder)
@@ -327,7 +345,7 @@ def _measure_missing(
     """Measures the rows that have no record. The first rows of all tasks come first, so that an unfinished study is a
     smaller study of all tasks."""
     rows = [(task, row) for task in tasks for row in range(len(task.rows))]
-    rows.sort(key=lambda place: (place[1], place[0].name))  # whatever order the tasks are asked for in
+    rows.sort(key=lambda place: (place[1], place[0].name, place[0].wording))  # in whatever order they are asked for
     for record in partial.records.values():
         tell(record["task"])
     for number, (task, row) in enumerate(rows):

@@ -24,7 +24,40 @@ def summary(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, An
     with other tasks. Metrics are `top1`, `top3` and `mrr` of the target adapter's rank; `exact_match` (teacher-forced)
     and `nll` (nats per token) of gold texts; `score` of generated answers; and `of_target`, the mean of `score`, or
     else of `exact_match`, divided by that of the target adapter alone on the same tasks.
+
+    If rows are worded in several ways, `wordings` has a report of each wording, and what `confidence` says of all rows
+    is the mean of what it says within each: rows of a task that has an adapter are compared with those of others in the
+    same wording.
     """
+    report = _summary(records, seed)
+    by_wording: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        by_wording.setdefault(record.get("wording", ""), []).append(record)
+    if len(by_wording) > 1:
+        reports = {wording: _summary(of_wording, seed) for wording, of_wording in by_wording.items()}
+        report["confidence"] = _mean_confidence([one["confidence"] for one in reports.values()])
+        report["wordings"] = reports
+    return report
+
+
+def _mean_confidence(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The `confidence` of several reports: of each number the mean of those that have it."""
+    means: dict[str, Any] = {}
+    for signal in dict.fromkeys(signal for report in reports for signal in report):
+        parts = [report[signal] for report in reports if signal in report]
+        errors = [part["error"] for part in parts if part["error"] is not None]
+        means[signal] = {"error": float(np.mean(errors)) if errors else None}
+        for name in ("mean", "sure", "auroc"):
+            protocols = dict.fromkeys(protocol for part in parts for protocol in part[name])
+            means[signal][name] = {
+                protocol: float(np.mean([part[name][protocol] for part in parts if protocol in part[name]]))
+                for protocol in protocols
+            }
+    return means
+
+
+def _summary(records: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """The report of rows, whatever their wordings are."""
     columns = _columns(records)
     quality = "score" if any("score" in metrics for metrics in columns.values()) else "exact_match"
     of_target = columns.get((IN_POOL, "target"), {}).get(quality, {})

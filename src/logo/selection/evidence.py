@@ -22,10 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Kind = Literal["responses", "examples", "encoder"]  # r, s, e
+KINDS: tuple[Kind, ...] = ("responses", "examples", "encoder")
 # The weight of responses: example prompts say more (docs/how-selection-works.md).
 RESPONSE = 0.5
 # In s̄, so many adapters more are counted, whose evidence is that of ordinary texts.

@@ -39,9 +39,14 @@ class Probe:
     ) -> None:
         self.model = model
         self.points = tuple(points)
+        self._read: ProbeInput = read
         self._run = run
         self._places = [point.layer_path if read == "residual" else point.module for point in self.points]
         self._modules = {place: model.get_submodule(place) for place in dict.fromkeys(self._places)}
+
+    def at(self, points: Sequence[Point]) -> Probe:
+        """The same probe at other points."""
+        return Probe(self.model, points, self._read, self._run)
 
     @torch.no_grad()
     def __call__(

@@ -15,12 +15,13 @@ from transformers import DynamicCache
 from logo.adapters.activation import earliest
 from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
+from logo.errors import UsageError
 from logo.files import Store, cache_folder
 from logo.models import input_device, padded
 from logo.prefix_cache import PrefixCache
 from logo.selection.calibration import Calibration, Reading, TextRunner, calibrate, read_texts, whitenings
 from logo.selection.encoder import EncodedExamples
-from logo.selection.evidence import Similarities, together
+from logo.selection.evidence import KINDS, Kind, Similarities, together
 from logo.selection.examples import Examples, examples_of
 from logo.selection.index import IndexRequest, Place, ScoringIndex, Tell, read_indices, side_by_side
 from logo.selection.plan import described_points, plan
@@ -145,6 +146,17 @@ class ExamplesRead:
     described: Examples | None = None
     encoded: EncodedExamples | None = None
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of evidence that there are beside responses."""
+        there = {"examples": self.described, "encoder": self.encoded}
+        return tuple(kind for kind in KINDS if there.get(kind) is not None)
+
+    def only(self, kinds: Collection[Kind]) -> ExamplesRead:
+        """What is known by these kinds of evidence."""
+        encoded = self.encoded if "encoder" in kinds else None
+        return replace(self, encoded=encoded) if "examples" in kinds else ExamplesRead(encoded=encoded)
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -160,6 +172,7 @@ class Scorer:
         selector: makes selections from these scores, and names the adapters that are scored.
         reading: what the calibration read; None without one.
         prefix_cache: of prompts that are read once, in whose prefill the probe is; None: they are read twice.
+        responses: whether responses count: always, unless a study asks what other evidence is worth alone.
     """
 
     signal: Signal
@@ -171,6 +184,7 @@ class Scorer:
     selector: Selector
     reading: Reading | None
     prefix_cache: PrefixCache | None
+    responses: bool = True
 
     @classmethod
     def open(
@@ -236,6 +250,35 @@ class Scorer:
             prefix_cache=prefix_cache,
         )
 
+    def only(self, kinds: Collection[Kind]) -> Scorer:
+        """The same scorer by some kinds of evidence alone, which reads only what they need. Without responses, adapters
+        that lack evidence get the scores of those whose examples are not like the prompt.
+
+        Raises UsageError: none of the pool's adapters has a kind of evidence, or the signal has scores without a scale.
+        """
+        there = () if self.calibration is None else ("responses", *self.examples.kinds)
+        for kind in kinds:
+            if kind not in there:
+                raise UsageError(f"evidence {kind!r}: {self._why_lacking(kind)}")
+        responses = "responses" in kinds
+        examples = self.examples.only(kinds)
+        evidence = EXAMPLES if examples.kinds else RESPONSES
+        return replace(
+            self,
+            probe=self.probe.at((*(self.points[: self.described.start] if responses else ()), *examples.points)),
+            examples=examples,
+            selector=replace(self.selector, evidence=evidence),
+            responses=responses,
+        )
+
+    def _why_lacking(self, kind: Kind) -> str:
+        """Why there is no evidence of a kind, and what to do."""
+        if self.calibration is None:
+            return "the scores of this signal have no scale; use 'calibrated'"
+        if self.examples.described is None:
+            return "expected example prompts of adapters, found none; give them some with `logo pool examples`"
+        return "expected a text encoder, found none; name one with --encoder (Python: encoder=...)"
+
     @property
     def points(self) -> tuple[Point, ...]:
         """Where prompts are read: where adapters are scored, and then where prompts are described."""
@@ -244,7 +287,7 @@ class Scorer:
     @property
     def described(self) -> range:
         """The numbers of the points at which prompts are described, to be compared with example prompts."""
-        return range(len(self.indices), len(self.probe.points))
+        return range(len(self.points) - len(self.examples.points), len(self.points))
 
     @cached_property
     def _cells(self) -> Tensor:
@@ -297,6 +340,10 @@ class Scorer:
             if self.prefix_cache is None:
                 most = math.inf if signal.window == WHOLE else sum(signal.window)
                 rows = [row if len(row) <= most else windowed(row, signal.window) for row in rows]
+            encoded = None if self.examples.encoded is None else self.examples.encoded.similarities(rows)
+            if not self.points:  # the text encoder alone
+                return self.score_responses([], [], torch.tensor([len(row) for row in rows]), among, encoded)
+            if self.prefix_cache is None:
                 ids, mask = padded(rows, input_device(self.probe.model))
                 picked, owners = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
                 hidden = self.probe(ids, mask, picked.to(ids.device))
@@ -306,12 +353,13 @@ class Scorer:
                 hidden, owners = self.prefix_cache.extend(rows, ends, read)
             weights, sums = emphasis(owners, len(rows))
             device = self.indices[0].stacked.device
-            responses = torch.cat([signal(place.index, hidden[place.first]).to(device) for place in self.places], dim=1)
-            response_means = both_means(responses, owners, weights, sums)[:, : signal.readings]
             descriptions = [both_means(hidden[point].to(device), owners, weights, sums) for point in self.described]
-            per_point = finished(response_means.flatten(1), signal.scale)
-            encoded = None if self.examples.encoded is None else self.examples.encoded.similarities(rows)
-            return self.score_responses([per_point], descriptions, sums[:, 0], among, encoded)
+            per_point: list[Tensor] = []
+            if self.responses:
+                responses = [signal(place.index, hidden[place.first]).to(device) for place in self.places]
+                response_means = both_means(torch.cat(responses, dim=1), owners, weights, sums)[:, : signal.readings]
+                per_point = [finished(response_means.flatten(1), signal.scale)]
+            return self.score_responses(per_point, descriptions, sums[:, 0], among, encoded)
 
     def _read_uncached(
         self, rows: Sequence[Sequence[int]], ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]
@@ -336,30 +384,32 @@ class Scorer:
 
         Args:
             per_point: `a` (rows, adapters that touch the point) of the even readings of all points, then of the late
-                ones if the signal has them, or these side by side in fewer tensors.
+                ones if the signal has them, or these side by side in fewer tensors; none if responses do not count.
             descriptions: (rows, 2, d) of each point in `described`: even and late means of the hidden vectors.
             tokens: (rows,), how many were read of each prompt.
             among: as in `__call__`.
             encoded: the similarities that a text encoder sees; None: there is none.
         """
         names = self.selector.names
+        selectable = None
+        if any(allowed is not None for allowed in among):
+            selectable = torch.tensor([[allowed is None or name in allowed for name in names] for allowed in among])
+        described = self.examples.described
+        evidence = [described.similarities(descriptions)] if described is not None and descriptions else []
+        if encoded is not None:
+            evidence.append(encoded)
+        if not self.responses:
+            return together(torch.zeros(len(tokens), len(names)), evidence, selectable)
         responses = torch.cat(list(per_point), dim=1).cpu().T  # (responses, rows)
         columns = len(self.indices) * self.signal.readings
         if self._reference is None:  # a response that is not a number has to be seen
             return row_means(responses, self._cells // columns, len(names)).T
-        selectable = None
-        if any(allowed is not None for allowed in among):
-            selectable = torch.tensor([[allowed is None or name in allowed for name in names] for allowed in among])
         by_cell = torch.full((len(names) * columns, responses.shape[1]), torch.nan, dtype=torch.float32)
         by_cell[self._cells] = responses
         scores = self._reference.compare(by_cell.view(len(names), columns, -1), selectable)
-        described = self.examples.described
-        if described is not None and descriptions:
-            evidence = [described.similarities(descriptions)]
-            if encoded is not None:
-                evidence.append(encoded)
+        if evidence:
             return together(scores / self._usual_spread, evidence, selectable)
-        if self.signal.token == "each" and described is None:
+        if self.signal.token == "each" and not self.examples.kinds:
             scores = scores * self._reference.factors(tokens)[:, None]
         return scores
 
