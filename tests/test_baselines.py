@@ -22,6 +22,7 @@ import logo.selection.encoder as embedding
 import tiny
 from logo import LoGo, Selection
 from logo.adapters.examples import write_examples
+from logo.adapters.peft import EXAMPLES
 from logo.baselines import Method, Task, get_method, get_methods
 from logo.baselines.best_single import labelled
 from logo.baselines.lorahub import minimise, objective
@@ -31,6 +32,7 @@ from logo.demo import heldout
 from logo.errors import DataError, HubError, LoGoError, ModelError, UsageError
 from logo.rows import Row
 from logo.scoring import Scored
+from logo.selection.evidence import FEW_KNOWN, KINDS
 from logo.selection.settings import SelectionSettings
 from make_adapters import edit_weights, write_peft
 from test_engine import PROMPTS, engine, hooks, write_adapter
@@ -393,6 +395,48 @@ def test_a_text_encoder_is_evidence(llama: nn.Module, pool: Path, sentences: str
     torch.testing.assert_close(added, unit * cosines, atol=1e-3, rtol=1e-3)
     read = [file for file in tmp_path.rglob("encoded/*.safetensors")]
     assert len(read) == 1 + len(logo.names)
+
+
+def test_each_kind_of_evidence_alone(llama: nn.Module, pool: Path, sentences: str, tmp_path: Path) -> None:
+    """What counts in a sum is what counts alone; sums that an engine can have are those of that engine."""
+    settings = SelectionSettings(cache=str(tmp_path))
+    opened = engine(llama, pool)
+
+    def of(**changes: Any) -> LoGo:
+        return LoGo(opened.model, opened.tokenizer, opened.pool.value, settings=replace(settings, **changes))
+
+    whole = of(encoder=sentences)
+    assert whole.only(["responses"]).select(PROMPTS) == of(examples="ignore").select(PROMPTS)
+    assert whole.only(["responses", "examples"]).select(PROMPTS) == of().select(PROMPTS)
+    assert whole.only(KINDS).select(PROMPTS) == whole.select(PROMPTS)
+    assert whole.only(["encoder"]).points == ()  # the base model reads nothing
+    for among in (None, whole.names[:3]):
+        scores = {
+            kinds: torch.tensor([[*one.scores.values()] for one in whole.only(kinds).select(PROMPTS, candidates=among)])
+            for kinds in (("encoder",), ("examples",), ("responses", "encoder"), ("responses", "examples"), KINDS)
+        }
+        for alone, others in (("encoder", ("responses", "examples")), ("examples", ("responses", "encoder"))):
+            print("DBG", alone, (scores[KINDS] - scores[others]).tolist(), scores[(alone,)].tolist(), "/DBG")
+            torch.testing.assert_close(scores[KINDS] - scores[others], scores[(alone,)], atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_without_examples_is_judged_by_evidence_that_it_lacks(
+    llama: nn.Module, pool: Path, tmp_path: Path
+) -> None:
+    """By none, if responses do not count: it is as little like the prompt as most are."""
+    folder = shutil.copytree(pool, tmp_path / "pool")
+    (folder / "t3" / EXAMPLES).unlink()
+    logo = engine(llama, folder)
+    prompt = SAMPLES["t1"][0]
+    scores = logo.only(["examples"]).select(prompt).scores
+    others = sorted(scores[name] for name in ("t0", "t2"))
+    assert (
+        scores["t3"] == pytest.approx(sum(others) / (2 + FEW_KNOWN), abs=1e-4) and max(scores, key=scores.get) == "t1"
+    )
+    with pytest.raises(UsageError, match="evidence 'encoder': expected a text encoder, found none"):
+        logo.only(["encoder"]).select(prompt)
+    with pytest.raises(UsageError, match="evidence 'examples': expected example prompts of adapters, found none"):
+        engine(llama, folder, examples="ignore").only(["examples"]).select(prompt)
 
 
 def test_an_encoder_that_cannot_be_loaded_is_refused_first(llama: nn.Module, pool: Path) -> None:

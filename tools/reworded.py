@@ -1,12 +1,13 @@
 """The prompts of evaluation rows in other words: how far does a selection follow the wording of a prompt?
 
-    python tools/reworded.py ROWS OUT --wording terse       or chatty, or first: the input comes first
-    python tools/reworded.py ROWS OUT --wording cut         the instruction (the first paragraph) cut off
+    python tools/reworded.py ROWS OUT
+    logo eval study --base-model M --adapters POOL --rows OUT/training,OUT/cut,OUT/terse --save study
 
 ROWS has a file NAME.jsonl of `{"context": ..., "completion": ...}` rows per task, whose contexts are an instruction, an
-empty line, and `Field: text` lines of which the last is left open. The wordings are in tests/data/wordings.yaml. Tasks
-in even positions of the sorted names are for choices; `--held-out` takes the others. `logo eval study --protocols
-in-pool` measures the result (docs/how-selection-works.md).
+empty line, and `Field: text` lines of which the last is left open. OUT gets a folder of such files for each wording:
+`training` has the rows as they are, `cut` lacks the instruction (the first paragraph), and the others are those of
+tests/data/wordings.yaml, or of another such file (`--wordings`). Tasks in even positions of the sorted names are for
+choices; `--held-out` takes the others.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--wording", choices=("terse", "chatty", "first", "cut"), required=True)
+    parser.add_argument("--wordings", type=Path, default=WORDINGS)
     parser.add_argument("--held-out", action="store_true")
     options = parser.parse_args()
-    wordings = yaml.safe_load(WORDINGS.read_text(encoding="utf-8"))
-    options.out.mkdir(parents=True)
-    for task in sorted(wordings)[int(options.held_out) :: 2]:
+    of_tasks = yaml.safe_load(options.wordings.read_text(encoding="utf-8"))
+    for task in sorted(of_tasks)[int(options.held_out) :: 2]:
         file = options.rows / f"{task}.jsonl"
         if not file.exists():
             continue
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        for row in rows:
-            if options.wording == "cut":
-                row["context"] = cut(row["context"])
-            else:
-                row["context"] = reworded(wordings[task][options.wording], row["context"])
-        (options.out / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        contexts = {"training": [row["context"] for row in rows], "cut": [cut(row["context"]) for row in rows]}
+        for wording, text in of_tasks[task].items():
+            contexts[wording] = [reworded(text, row["context"]) for row in rows]
+        for wording, of_rows in contexts.items():
+            lines = [json.dumps({**row, "context": text}) + "\n" for row, text in zip(rows, of_rows, strict=True)]
+            (options.out / wording).mkdir(parents=True, exist_ok=True)
+            (options.out / wording / file.name).write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
