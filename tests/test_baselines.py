@@ -32,7 +32,7 @@ from logo.demo import heldout
 from logo.errors import DataError, HubError, LoGoError, ModelError, UsageError
 from logo.rows import Row
 from logo.scoring import Scored
-from logo.selection.evidence import FEW_KNOWN, KINDS
+from logo.selection.evidence import FEW_KNOWN, KINDS, Kind
 from logo.selection.settings import SelectionSettings
 from make_adapters import edit_weights, write_peft
 from test_engine import PROMPTS, engine, hooks, write_adapter
@@ -411,13 +411,14 @@ def test_each_kind_of_evidence_alone(llama: nn.Module, pool: Path, sentences: st
     assert whole.only(KINDS).select(PROMPTS) == whole.select(PROMPTS)
     assert whole.only(["encoder"]).points == ()  # the base model reads nothing
     for among in (None, whole.names[:3]):
-        scores = {
-            kinds: torch.tensor([[*one.scores.values()] for one in whole.only(kinds).select(PROMPTS, candidates=among)])
-            for kinds in (("encoder",), ("examples",), ("responses", "encoder"), ("responses", "examples"), KINDS)
-        }
-        for alone, others in (("encoder", ("responses", "examples")), ("examples", ("responses", "encoder"))):
-            print("DBG", alone, (scores[KINDS] - scores[others]).tolist(), scores[(alone,)].tolist(), "/DBG")
-            torch.testing.assert_close(scores[KINDS] - scores[others], scores[(alone,)], atol=1e-4, rtol=1e-4)
+
+        def scores(*kinds: Kind, among: Sequence[str] | None = among) -> torch.Tensor:
+            found = whole.only(kinds).select(PROMPTS, candidates=among)
+            return torch.tensor([list(selection.scores.values()) for selection in found], dtype=torch.float64)
+
+        same_tensor(scores(*KINDS) - scores("responses", "examples"), scores("encoder"))
+        ratios = (scores("responses", "examples") - scores("examples")) / scores("responses")  # one unit a prompt
+        torch.testing.assert_close(ratios, ratios[:, :1].expand_as(ratios), rtol=1e-3, atol=0)
 
 
 def test_an_adapter_without_examples_is_judged_by_evidence_that_it_lacks(
@@ -426,7 +427,7 @@ def test_an_adapter_without_examples_is_judged_by_evidence_that_it_lacks(
     """By none, if responses do not count: it is as little like the prompt as most are."""
     folder = shutil.copytree(pool, tmp_path / "pool")
     (folder / "t3" / EXAMPLES).unlink()
-    logo = engine(llama, folder)
+    logo = engine(llama, folder, signal="calibrated")
     prompt = SAMPLES["t1"][0]
     scores = logo.only(["examples"]).select(prompt).scores
     others = sorted(scores[name] for name in ("t0", "t2"))
@@ -436,7 +437,7 @@ def test_an_adapter_without_examples_is_judged_by_evidence_that_it_lacks(
     with pytest.raises(UsageError, match="evidence 'encoder': expected a text encoder, found none"):
         logo.only(["encoder"]).select(prompt)
     with pytest.raises(UsageError, match="evidence 'examples': expected example prompts of adapters, found none"):
-        engine(llama, folder, examples="ignore").only(["examples"]).select(prompt)
+        engine(llama, folder, signal="calibrated", examples="ignore").only(["examples"]).select(prompt)
 
 
 def test_an_encoder_that_cannot_be_loaded_is_refused_first(llama: nn.Module, pool: Path) -> None:

@@ -11,10 +11,12 @@ import pytest
 
 from logo import LoGo
 from logo.cli.app import run
+from logo.demo import heldout
 from logo.evaluation.contest import IN_POOL, OUT_OF_POOL, REMOVED
-from logo.evaluation.results import read_run
-from test_evaluate import MODEL, heldout, lines, one_line, write_rows
+from logo.evaluation.results import lines, read_run
+from test_evaluate import MODEL, one_line
 from tolerances import same_scores
+from written import write_rows
 
 TASKS = ("antonym", "plural", "french")
 ARMS = ("calibrated", "examples", "responses+examples", "responses")
