@@ -287,7 +287,7 @@ class Scorer:
     @property
     def described(self) -> range:
         """The numbers of the points at which prompts are described, to be compared with example prompts."""
-        return range(len(self.points) - len(self.examples.points), len(self.points))
+        return range(len(self.probe.points) - len(self.examples.points), len(self.probe.points))
 
     @cached_property
     def _cells(self) -> Tensor:
@@ -341,7 +341,7 @@ class Scorer:
                 most = math.inf if signal.window == WHOLE else sum(signal.window)
                 rows = [row if len(row) <= most else windowed(row, signal.window) for row in rows]
             encoded = None if self.examples.encoded is None else self.examples.encoded.similarities(rows)
-            if not self.points:  # the text encoder alone
+            if not self.probe.points:  # the text encoder alone
                 return self.score_responses([], [], torch.tensor([len(row) for row in rows]), among, encoded)
             if self.prefix_cache is None:
                 ids, mask = padded(rows, input_device(self.probe.model))
