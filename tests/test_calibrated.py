@@ -30,7 +30,7 @@ from logo.adapters.examples import write_examples
 from logo.cli.app import run
 from logo.errors import NotFinite, Unsure
 from logo.selection import calibration
-from logo.selection.reference import UNIT, USUAL
+from logo.selection.reference import USUAL
 from logo.selection.texts import NEUTRAL, REQUESTS, windowed
 from logo.selection.whitening import Whitening
 from make_adapters import everyones_folder, lock
@@ -105,8 +105,7 @@ def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     excess = (typical - typical.median()).clamp(-1, 1)
     assert len(texts[-1]) > USUAL
     every = (mean_z - excess[:, None]) * (swing.median() / swing).clamp(max=1)[:, None]
-    apart = every[:, neutral].var(dim=0).mean().sqrt()
-    wanted = UNIT * every[:, -1] / apart
+    wanted = every[:, -1] / every[:, :-1].std()
     assert torch.tensor(list(scores.values())).tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +12,13 @@ from logo.selection.points import LEAST_POINTS
 from logo.selection.reference import (
     FADING,
     FEW,
-    UNIT,
     USUAL,
     Reference,
     both_means,
     choose,
     contrast,
     emphasis,
+    factors,
     row_means,
 )
 from tolerances import same_tensor
@@ -115,7 +114,7 @@ def test_a_silent_adapter_never_wins() -> None:
     neutral[0] = prompts[0] = -torch.inf
     for count in (2, 3):
         reference = Reference.of(neutral[:count])
-        scores = reference.compare(prompts[:count]) * reference.factors(torch.tensor([2] * 40))[:, None]
+        scores = reference.compare(prompts[:count]) * factors(torch.tensor([2] * 40))[:, None]
         assert scores.isfinite().all()
         assert (scores[:, 0] < scores[:, 1:].min(dim=1).values).all()
     alone = Reference.of(neutral[:1]).compare(prompts[:1])
@@ -172,33 +171,26 @@ def test_the_order_of_adapters_does_not_matter_and_each_is_read_at_four_points(s
     assert (touched[:, chosen].sum(dim=1) >= touched.sum(dim=1).clamp(max=min(most, LEAST_POINTS))).all()
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.floats(0.1, 3))
-def test_few_tokens_count_less_than_many(tokens: list[int], apart: float) -> None:
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9))
+def test_few_tokens_count_less_than_many(tokens: list[int]) -> None:
     read = torch.tensor(sorted(tokens))
-    found = replace(Reference.of(responses((2, 1, 9))), apart=apart).factors(read) * apart / UNIT
+    found = factors(read)
     assert (found[1:] >= found[:-1]).all()
     assert ((found < 1 - 1e-6) == (read < USUAL)).all()
 
 
-def test_scores_by_chance_lie_as_far_apart_in_every_pool_and_prompt() -> None:
+def test_scores_by_chance_lie_as_far_apart_for_every_length() -> None:
     """A part of each token's response belongs to the token alone, and the rest to the whole prompt."""
 
-    def drawn(texts: int, tokens: int, strength: float) -> torch.Tensor:
+    def drawn(texts: int, tokens: int) -> torch.Tensor:
         own = responses((texts, 30, tokens), tokens).mean(dim=2) * FEW**0.5
-        return strength * (responses((texts, 30), 99) + own) + responses((texts, 1), 98)
+        return responses((texts, 30), 99) + own + responses((texts, 1), 98)
 
-    for strength in (0.2, 0.7, 3.0):
-        pool = Reference.of(drawn(200, USUAL, strength).T[:, None])
-        unit = float((pool.compare(drawn(200, USUAL, strength).T[:, None])).var(dim=1).mean().sqrt())
-        assert pool.apart == pytest.approx(max(unit, UNIT / 2), rel=1e-3)
-        for tokens in (1, 3, USUAL):
-            scores = pool.factors(torch.tensor([tokens])) * pool.compare(drawn(400, tokens, strength).T[:, None])
-            assert float(scores.var(dim=1).mean().sqrt()) == pytest.approx(UNIT, rel=0.1)
-
-
-def test_a_pool_of_one_or_of_copies_has_no_deviation_to_divide_by() -> None:
-    assert Reference.of(responses((1, 3, 20))).apart == UNIT
-    assert Reference.of(responses((1, 3, 20)).expand(4, 3, 20)).apart == UNIT / 2
+    pool = Reference.of(drawn(200, USUAL).T[:, None])
+    usual = float(pool.compare(drawn(200, USUAL).T[:, None]).var(dim=1).mean().sqrt())
+    for tokens in (1, 3, USUAL):
+        scores = factors(torch.tensor([tokens])) * pool.compare(drawn(400, tokens).T[:, None])
+        assert float(scores.var(dim=1).mean().sqrt()) == pytest.approx(usual, rel=0.1)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))

@@ -88,26 +88,31 @@ def confidence(*ranked: float, evidence: Evidence = RESPONSES, prior: float = PR
 
 @pytest.mark.parametrize("evidence", [RESPONSES, EXAMPLES])
 def test_the_confidence_is_the_formula(evidence: Evidence) -> None:
-    spread = math.sqrt(np.var(REST) + (1 + 4 / 7) * CHANCE**2)
-    assert confidence(0.76 + evidence.even * spread, *REST, evidence=evidence) == pytest.approx(0.5)
-    odds = evidence.steepness * (1.5 - evidence.even)
-    assert confidence(0.76 + 1.5 * spread, *REST, evidence=evidence) == pytest.approx(1 / (1 + math.exp(-odds)))
+    spread = math.sqrt(np.var(REST) + (1 + 4 / 7) * CHANCE**2) if evidence.spreads else 1.0
+    behind = sum(REST[:5]) / 5 if evidence.spreads else sum(REST) / 7
+    assert confidence(behind + evidence.even * spread, *REST, evidence=evidence) == pytest.approx(0.5)
+    odds = evidence.steepness * (2.5 - evidence.even)
+    assert confidence(behind + 2.5 * spread, *REST, evidence=evidence) == pytest.approx(1 / (1 + math.exp(-odds)))
     lower = [score - 30 for score in (2.0, *REST)]  # the same margin
     assert confidence(*lower, evidence=evidence) == pytest.approx(confidence(2.0, *REST, evidence=evidence))
 
 
-def test_adapters_that_were_trained_harder_are_not_surer() -> None:
-    """All their scores grow. But scores that are no further apart than by chance are no evidence."""
-    usual, alone = [20.0, *(10 * score for score in REST)], replace(RESPONSES, familiar=math.inf)
+def test_scores_in_other_words_are_as_sure_if_example_prompts_contribute() -> None:
+    """All their scores fall. But scores that are no further apart than by chance are no evidence."""
+    usual = [20.0, *(10 * score for score in REST)]
     for times in (2, 4, 8):
         louder = [times * score for score in usual]
-        assert confidence(*louder, evidence=alone) == pytest.approx(confidence(*usual, evidence=alone), abs=0.05)
-    assert confidence(*(0.01 * score for score in usual)) < 0.1 < confidence(*usual)
+        assert confidence(*louder, evidence=EXAMPLES) == pytest.approx(confidence(*usual, evidence=EXAMPLES), abs=0.05)
+    for evidence in (RESPONSES, EXAMPLES):
+        quiet = [0.01 * score for score in usual]
+        assert confidence(*quiet, evidence=evidence) < 0.2 < confidence(*usual, evidence=evidence)
 
 
-def test_a_prompt_that_is_familiar_is_sure_also_beside_related_adapters() -> None:
-    close = [RESPONSES.familiar + 2 - 0.5 * place for place in range(8)]
-    assert confidence(*close) > 2 * confidence(*(score - 3 for score in close))
+def test_related_adapters_behind_the_best_make_a_selection_of_many_no_less_sure() -> None:
+    """A margin of responses is that to the whole pool, so that neither few relatives nor the size of a pool count."""
+    many = [4.0, *([0.0] * 40)]
+    assert confidence(4.0, *([0.0] * 5)) == pytest.approx(confidence(*many))
+    assert confidence(4.0, 2.0, 2.0, *([0.0] * 38)) > 0.9 * confidence(*many)
 
 
 def test_two_versions_of_one_adapter_do_not_make_each_other_unsure() -> None:
@@ -140,7 +145,7 @@ def test_the_prior_moves_the_confidence_as_bayes_rule_does() -> None:
 
 @pytest.mark.parametrize("evidence", [RESPONSES, EXAMPLES])
 def test_weights_are_those_of_a_sharp_and_a_broad_mixture_as_the_confidence_says(evidence: Evidence) -> None:
-    scores = [2.0, 1.9, *REST]
+    scores = [3.7, 3.6, *REST]
     q = sharpness(confidence(*scores, evidence=evidence), evidence)
     ranked = np.array(scores[:5]) / evidence.spread(scores)
     assert 0.05 < q < 0.9
@@ -182,13 +187,13 @@ def test_an_unsure_selection_may_be_refused() -> None:
 
 
 def test_what_is_unsure_can_be_said() -> None:
-    between = select([1.8, *REST]).confidence
+    between = select([3.1, *REST]).confidence
     assert between is not None and UNSURE < between < 0.9
     for below, adapters in ((between - 0.01, ("a00", "a01")), (between + 0.01, ())):
-        found = select([1.8, *REST], 2, weighting="adaptive", when_unsure="base", unsure_below=below)
+        found = select([3.1, *REST], 2, weighting="adaptive", when_unsure="base", unsure_below=below)
         assert found.adapters == adapters
     with pytest.raises(Unsure, match=r"expected 0\.9 or more"):
-        select([1.8, *REST], when_unsure="refuse", unsure_below=0.9)
+        select([3.1, *REST], when_unsure="refuse", unsure_below=0.9)
 
 
 def test_scores_without_a_scale_have_no_confidence() -> None:

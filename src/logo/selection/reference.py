@@ -15,15 +15,14 @@ may have two *readings* of each point:
 
 The even ones of all points come first, and the late ones after them have a smaller weight in the mean.
 
-The unit of scores is how far apart those of a pool's adapters lie by chance, on texts that none was made for: a mean
-over many points varies less, and one over few tokens more. If n tokens of a text are read, the standard deviation of
-its scores over the adapters is roughly
+Short prompts score further apart by chance: a mean over few tokens varies more. If n tokens of a text are read, the
+standard deviation of its scores over the adapters is roughly in proportion to √(1 + FEW / n), so a prompt's scores are
+multiplied by
 
-    apart · √((1 + FEW / n) / (1 + FEW / USUAL))        apart: of the neutral texts
+    √((1 + FEW / USUAL) / (1 + FEW / n))        at most 1
 
-and a prompt's scores are divided by it (if n is above `USUAL`, by `apart`), times `UNIT`, so that a margin means the
-same in every pool. Not scaled are scores to which example prompts contribute, and those of the tokens alone on which
-adapters act. Reasons: docs/how-selection-works.md.
+Not so those to which example prompts contribute, and those of the tokens alone on which adapters act. Reasons:
+docs/how-selection-works.md.
 """
 
 from __future__ import annotations
@@ -52,8 +51,6 @@ LATE_WEIGHT = 0.5
 # texts have 13 to 15 tokens in the median.
 FEW = 5.0
 USUAL = 13
-# What `apart` becomes by scaling: that of 43 adapters of one training config for Gemma 3 270M.
-UNIT = 0.33
 
 
 def row_sums(values: Tensor, owners: Tensor, rows: int) -> Tensor:
@@ -86,6 +83,11 @@ def both_means(values: Tensor, owners: Tensor, weights: Tensor, sums: Tensor) ->
     return row_sums(parts, owners, len(sums)) / sums.to(values.device)[:, :, None]
 
 
+def factors(tokens: Tensor) -> Tensor:
+    """What the scores of prompts with so many tokens (rows,) are multiplied by: float32 (rows,)."""
+    return ((1 + FEW / USUAL) / (1 + FEW / tokens.float())).sqrt().clamp(max=1.0)
+
+
 def finished(means: Tensor, scale: Scale) -> Tensor:
     """`a` of mean responses: the logarithm if they are whitened (-inf if there is no response), else the mean."""
     return means.log() if scale == "whitened" else means
@@ -101,7 +103,6 @@ class Reference:
         excess: (adapters,): the median over requests of the mean z, less that of the adapters that respond; clipped.
         trust: (adapters,): the usual deviation of the mean z over texts, divided by the adapter's own, at most 1.
         weights: (points,) of the mean.
-        apart: how far apart scores lie by chance.
     """
 
     mean: Tensor
@@ -110,7 +111,6 @@ class Reference:
     excess: Tensor
     trust: Tensor
     weights: Tensor
-    apart: float = UNIT
 
     @classmethod
     def of(cls, neutral: Tensor, requests: Tensor | None = None, weights: Tensor | None = None) -> Reference:
@@ -142,17 +142,7 @@ class Reference:
             excess = (typical - typical[somewhere].median()).clamp(-_LARGEST_EXCESS, _LARGEST_EXCESS)
         swing = mean_z.std(dim=1)
         trust = (swing[somewhere].median().clamp_min(_LEAST_SPREAD) / swing.clamp_min(1e-6)).clamp(max=1.0)
-        # Not of the requests: adapters may have been made for them, so that their margins are no chance.
-        neutral_scores = ((mean_z[:, :neutral] - excess[:, None]) * trust[:, None]).T[:, somewhere]
-        apart = UNIT
-        if neutral_scores.shape[1] > 1:
-            apart = max(float(neutral_scores.var(dim=1).mean().sqrt()), UNIT / 2)  # margins are at most doubled
-        return replace(self, excess=excess, trust=trust, apart=apart)
-
-    def factors(self, tokens: Tensor) -> Tensor:
-        """What the scores of prompts with so many tokens (rows,) are multiplied by: float32 (rows,)."""
-        few = ((1 + FEW / USUAL) / (1 + FEW / tokens.float())).sqrt().clamp(max=1.0)
-        return few * (UNIT / self.apart)
+        return replace(self, excess=excess, trust=trust)
 
     def z(self, responses: Tensor) -> Tensor:
         """`z` of `a` (adapters, points, rows); 0 where the adapter does not respond."""

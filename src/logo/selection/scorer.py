@@ -27,7 +27,7 @@ from logo.selection.index import IndexRequest, Place, ScoringIndex, Tell, read_i
 from logo.selection.plan import described_points, plan
 from logo.selection.points import Point
 from logo.selection.probe import Probe, pick
-from logo.selection.reference import LATE_WEIGHT, Reference, both_means, emphasis, finished, row_means
+from logo.selection.reference import LATE_WEIGHT, Reference, both_means, emphasis, factors, finished, row_means
 from logo.selection.selector import EXAMPLES, RESPONSES, Selector, relative_sizes
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
@@ -313,7 +313,8 @@ class Scorer:
 
     @cached_property
     def _usual_spread(self) -> float:
-        """The standard deviation of the scores of responses on the texts of the calibration."""
+        """The standard deviation of the scores of responses on the texts of the calibration: the unit of scores. It grows
+        with the training, the ranks and the modules of the adapters as the scores of their own prompts do."""
         assert self.calibration is not None and self._reference is not None
         texts = torch.cat([self.calibration.neutral, self.calibration.requests], dim=2)
         return max(float(self._reference.compare(texts).std()), 1e-6)
@@ -406,11 +407,11 @@ class Scorer:
             return row_means(responses, self._cells // columns, len(names)).T
         by_cell = torch.full((len(names) * columns, responses.shape[1]), torch.nan, dtype=torch.float32)
         by_cell[self._cells] = responses
-        scores = self._reference.compare(by_cell.view(len(names), columns, -1), selectable)
+        scores = self._reference.compare(by_cell.view(len(names), columns, -1), selectable) / self._usual_spread
         if evidence:
-            return together(scores / self._usual_spread, evidence, selectable)
+            return together(scores, evidence, selectable)
         if self.signal.token == "each" and not self.examples.kinds:
-            scores = scores * self._reference.factors(tokens)[:, None]
+            scores = scores * factors(tokens)[:, None]
         return scores
 
 

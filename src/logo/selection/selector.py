@@ -4,7 +4,8 @@ linear     w_i = score_i / Σ score                                    the paper
 adaptive   w = q · sharp + (1 - q) · broad
 
     spread      = √(variance of the other scores + (1 + 4 / others) · CHANCE²)
-    evidence    = (best score - mean of the next five) / spread + max(0, best score - familiar)
+    evidence    = best score - mean of all others                        for responses
+                = (best score - mean of the next five) / spread          if example prompts contribute
     p           = 1 / (1 + exp(-steepness · (evidence - even) - logit(prior) + logit(0.8)))       the confidence
     q           = boldness · p / (1 + (boldness - 1) · p): the odds of p, so many times
     sharp_i     ∝ exp(score_i / (sharpness · spread)), and its sum is 1
@@ -13,12 +14,13 @@ adaptive   w = q · sharp + (1 - q) · broad
 
 So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter. Where
 the order of scores is reliable, its odds count twice: on a prompt that an adapter fits, a broad mixture loses more than
-a sharper one does where none fits. A margin counts in units of the other scores' spread, because scores grow with an
-adapter's training, and fall when a prompt is worded unlike the adapter's own; an absolute margin would take the first
-for certainty and the second for doubt. On prompts that are no task's, all scores lie as close together as they do by
-chance. A best score above `familiar` is a prompt worded as those of the adapter are, even if related adapters score as
-high. `steepness`, `even`, `familiar`, `breadth` and `boldness` belong to a kind of score; docs/how-selection-works.md
-says on which rows they were chosen, and how well they hold elsewhere.
+a sharper one does where none fits. Scores grow with the training, the rank and the modules of a pool's adapters, on
+their own prompts and on all others. So their unit is how far scores of this pool lie apart on the texts of its
+calibration (`logo.selection.scorer`), and a margin in it means the same in every pool, with few adapters and with many.
+Where example prompts contribute, a margin counts in units of the other scores' spread besides: their scores fall when a
+prompt is worded unlike the adapter's own, and an absolute margin would take that for doubt. On prompts that are no
+task's, all scores lie as close together as they do by chance. `steepness`, `even`, `breadth` and `boldness` belong to a
+kind of score; docs/how-selection-works.md says on which rows they were chosen, and how well they hold elsewhere.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from logo.adapters.pool import AdapterPool
 from logo.core import Forced, Options, Selection
 from logo.errors import LoGoError, NotFinite, PoolError, Unsure, UsageError, check_type, closest
 
-# How many adapters behind the best one the mean is taken over.
+# How many adapters behind the best one the mean is taken over if example prompts contribute.
 FIELD = 5
 # How far apart scores lie on texts that are nobody's, roughly.
 CHANCE = 0.3
@@ -62,7 +64,8 @@ class Evidence:
     Attributes:
         steepness: how fast the confidence grows with the evidence.
         even: the evidence at which it is one half, for the usual prior.
-        familiar: what the best score has above this number is added to the evidence.
+        spreads: whether the margin is that to the next five adapters, in units of the spread of all others; or else that
+            to all others.
         sharpness: softmax temperature of the sharp mixture, in units of the spread: nearly equal adapters share the
             weight.
         breadth: that of the broad mixture.
@@ -71,7 +74,7 @@ class Evidence:
 
     steepness: float
     even: float
-    familiar: float
+    spreads: bool
     sharpness: float
     breadth: float
     boldness: float
@@ -85,16 +88,16 @@ class Evidence:
         """The confidence that scores (adapters,), sorted with the best first, give; the prior for a single adapter."""
         if len(ranked) == 1:
             return prior
-        behind = ranked[1 : 1 + FIELD]
-        margin = (ranked[0] - sum(behind) / len(behind)) / self.spread(ranked)
-        evidence = margin + max(0.0, ranked[0] - self.familiar)
+        behind = ranked[1 : 1 + FIELD] if self.spreads else ranked[1:]
+        margin = ranked[0] - sum(behind) / len(behind)
+        evidence = margin / self.spread(ranked) if self.spreads else margin
         odds = self.steepness * (evidence - self.even) + math.log(prior / (1 - prior)) - _USUAL_LOGIT
         return float(1 / (1 + math.exp(-max(-60.0, min(60.0, odds)))))
 
 
 # For scores of responses, and for those to which example prompts contribute, whose order is more reliable.
-RESPONSES = Evidence(steepness=2.0, even=2.0, familiar=3.0, sharpness=0.25, breadth=2.5, boldness=1.0)
-EXAMPLES = Evidence(steepness=1.25, even=1.65, familiar=math.inf, sharpness=1.0, breadth=1.0, boldness=1.0)
+RESPONSES = Evidence(steepness=4.0, even=2.9, spreads=False, sharpness=0.25, breadth=2.5, boldness=1.0)
+EXAMPLES = Evidence(steepness=1.25, even=1.65, spreads=True, sharpness=1.0, breadth=1.0, boldness=1.0)
 
 
 @dataclass(frozen=True)
