@@ -64,8 +64,7 @@ class Evidence:
     Attributes:
         steepness: how fast the confidence grows with the evidence.
         even: the evidence at which it is one half, for the usual prior.
-        spreads: whether the margin is that to the next five adapters, in units of the spread of all others; or else that
-            to all others.
+        spreads: whether the margin is that to the next five adapters, in units of the spread; or else that to all.
         sharpness: softmax temperature of the sharp mixture, in units of the spread: nearly equal adapters share the
             weight.
         breadth: that of the broad mixture.
