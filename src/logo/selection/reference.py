@@ -85,7 +85,8 @@ def both_means(values: Tensor, owners: Tensor, weights: Tensor, sums: Tensor) ->
 
 def factors(tokens: Tensor) -> Tensor:
     """What the scores of prompts with so many tokens (rows,) are multiplied by: float32 (rows,)."""
-    return ((1 + FEW / USUAL) / (1 + FEW / tokens.float())).sqrt().clamp(max=1.0)
+    few: Tensor = (1 + FEW / USUAL) / (1 + FEW / tokens.float())
+    return few.sqrt().clamp(max=1.0)
 
 
 def finished(means: Tensor, scale: Scale) -> Tensor:

@@ -313,8 +313,8 @@ class Scorer:
 
     @cached_property
     def _usual_spread(self) -> float:
-        """The standard deviation of the scores of responses on the texts of the calibration: the unit of scores. With the
-        training, the ranks and the modules of adapters, it grows as their scores of their own prompts do."""
+        """The standard deviation of the scores of responses on the texts of the calibration: the unit of scores. With
+        the training, the ranks and the modules of adapters, it grows as their scores of their own prompts do."""
         assert self.calibration is not None and self._reference is not None
         texts = torch.cat([self.calibration.neutral, self.calibration.requests], dim=2)
         return max(float(self._reference.compare(texts).std()), 1e-6)
