@@ -89,7 +89,7 @@ def confidence(*ranked: float, evidence: Evidence = RESPONSES, prior: float = PR
 @pytest.mark.parametrize("evidence", [RESPONSES, EXAMPLES])
 def test_the_confidence_is_the_formula(evidence: Evidence) -> None:
     spread = math.sqrt(np.var(REST) + (1 + 4 / 7) * CHANCE**2) if evidence.spreads else 1.0
-    behind = sum(REST[:5]) / 5 if evidence.spreads else sum(REST) / 7
+    behind = sum(REST[:5]) / 5 if evidence.spreads else sum(REST[:4]) / 4
     assert confidence(behind + evidence.even * spread, *REST, evidence=evidence) == pytest.approx(0.5)
     odds = evidence.steepness * (2.5 - evidence.even)
     assert confidence(behind + 2.5 * spread, *REST, evidence=evidence) == pytest.approx(1 / (1 + math.exp(-odds)))
@@ -109,7 +109,7 @@ def test_scores_in_other_words_are_as_sure_if_example_prompts_contribute() -> No
 
 
 def test_related_adapters_behind_the_best_make_a_selection_of_many_no_less_sure() -> None:
-    """A margin of responses is that to the whole pool, so that neither few relatives nor the size of a pool count."""
+    """A margin of responses is that to half of the pool, so that neither few relatives nor the size of a pool count."""
     many = [4.0, *([0.0] * 40)]
     assert confidence(4.0, *([0.0] * 5)) == pytest.approx(confidence(*many))
     assert confidence(4.0, 2.0, 2.0, *([0.0] * 38)) > 0.9 * confidence(*many)

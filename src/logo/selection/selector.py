@@ -4,7 +4,7 @@ linear     w_i = score_i / Σ score                                    the paper
 adaptive   w = q · sharp + (1 - q) · broad
 
     spread      = √(variance of the other scores + (1 + 4 / others) · CHANCE²)
-    evidence    = best score - mean of all others                        for responses
+    evidence    = best score - mean of the better half of all others     for responses
                 = (best score - mean of the next five) / spread          if example prompts contribute
     p           = 1 / (1 + exp(-steepness · (evidence - even) - logit(prior) + logit(0.8)))       the confidence
     q           = boldness · p / (1 + (boldness - 1) · p): the odds of p, so many times
@@ -16,7 +16,7 @@ So weights are what is expected if the confidence says how probable it is that t
 the order of scores is reliable, its odds count twice: on a prompt that an adapter fits, a broad mixture loses more than
 a sharper one does where none fits. Scores grow with the training, the rank and the modules of a pool's adapters, on
 their own prompts and on all others. So their unit is how far scores of this pool lie apart on the texts of its
-calibration (`logo.selection.scorer`), and a margin in it means the same in every pool, with few adapters and with many.
+calibration (`logo.selection.scorer`), and a margin to half of the pool means the same with few adapters and with many.
 Where example prompts contribute, a margin counts in units of the other scores' spread besides: their scores fall when a
 prompt is worded unlike the adapter's own, and an absolute margin would take that for doubt. On prompts that are no
 task's, all scores lie as close together as they do by chance. `steepness`, `even`, `breadth` and `boldness` belong to a
@@ -64,7 +64,7 @@ class Evidence:
     Attributes:
         steepness: how fast the confidence grows with the evidence.
         even: the evidence at which it is one half, for the usual prior.
-        spreads: whether the margin is that to the next five adapters, in units of the spread; or else that to all.
+        spreads: whether the margin is that to the next five adapters, in units of the spread; or else to half of all.
         sharpness: softmax temperature of the sharp mixture, in units of the spread: nearly equal adapters share the
             weight.
         breadth: that of the broad mixture.
@@ -87,7 +87,7 @@ class Evidence:
         """The confidence that scores (adapters,), sorted with the best first, give; the prior for a single adapter."""
         if len(ranked) == 1:
             return prior
-        behind = ranked[1 : 1 + FIELD] if self.spreads else ranked[1:]
+        behind = ranked[1 : 1 + (FIELD if self.spreads else len(ranked) // 2)]
         margin = ranked[0] - sum(behind) / len(behind)
         evidence = margin / self.spread(ranked) if self.spreads else margin
         odds = self.steepness * (evidence - self.even) + math.log(prior / (1 - prior)) - _USUAL_LOGIT
@@ -95,7 +95,7 @@ class Evidence:
 
 
 # For scores of responses, and for those to which example prompts contribute, whose order is more reliable.
-RESPONSES = Evidence(steepness=4.0, even=2.9, spreads=False, sharpness=0.25, breadth=2.5, boldness=1.0)
+RESPONSES = Evidence(steepness=4.2, even=2.25, spreads=False, sharpness=0.25, breadth=2.5, boldness=1.0)
 EXAMPLES = Evidence(steepness=1.25, even=1.65, spreads=True, sharpness=1.0, breadth=1.0, boldness=1.0)
 
 
