@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -182,7 +184,7 @@ def test_scores_by_chance_lie_as_far_apart_for_every_length() -> None:
     """A part of each token's response belongs to the token alone, and the rest to the whole prompt."""
 
     def drawn(texts: int, tokens: int) -> torch.Tensor:
-        own = responses((texts, 30, tokens), tokens).mean(dim=2) * FEW**0.5
+        own = responses((texts, 30, tokens), tokens).mean(dim=2) * math.sqrt(FEW)
         return responses((texts, 30), 99) + own + responses((texts, 1), 98)
 
     pool = Reference.of(drawn(200, USUAL).T[:, None])
