@@ -32,6 +32,7 @@ from logo.evaluation.results import FILES, lines, read_run
 from logo.evaluation.statistics import auroc, calibration_error
 from logo.evaluation.study_summary import summary
 from logo.rows import read_rows
+from logo.selection.selector import UNSURE
 from tolerances import PATIENCE, same_scores
 from warm import python
 from written import write_rows
@@ -533,7 +534,7 @@ def test_prompts_without_answers(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(report["protocols"][IN_POOL]["calibrated"]) == {"top1", "top3", "mrr", "confidence"}
     arms = [(line["task"], arm) for line in lines(tmp_path / "s") for arm in line["arms"]]
     others = (REMOVED, OUT_OF_POOL)
-    for kind, among, name, sure in (("mistaken", others, "calibrated", 0.15), ("confusions", (IN_POOL,), "norm", 0)):
+    for kind, among, name, sure in (("mistaken", others, "calibrated", UNSURE), ("confusions", (IN_POOL,), "norm", 0)):
         asked = [(task, arm) for task, arm in arms if arm["protocol"] in among and arm["arm"] == name]
         firsts = [(task, arm["first"]) for task, arm in asked if (arm["confidence"] or 0) >= sure]
         confused = Counter((task, first) for task, first in firsts if first != task)
@@ -541,10 +542,10 @@ def test_prompts_without_answers(tmp_path: Path, capsys: pytest.CaptureFixture[s
     top1 = report["protocols"][IN_POOL]["norm"]["top1"]["value"]
     assert top1 == same_scores(1 - sum(confused.values()) / 9)
     said = report["confidence"]["calibrated"]["sure"]
-    high = [arm["confidence"] >= 0.15 for task, arm in arms if task == "other" and arm["arm"] == "calibrated"]
+    high = [arm["confidence"] >= UNSURE for task, arm in arms if task == "other" and arm["arm"] == "calibrated"]
     assert said[IN_POOL] == 1 and 0 < said[OUT_OF_POOL] == sum(high) / len(high)
     shown = capsys.readouterr().out
-    assert "norm puts another adapter first" in shown and "calibrated is 0.15 or more: 100% of in-pool, " in shown
+    assert "norm puts another adapter first" in shown and "calibrated is 0.5 or more: 100% of in-pool, " in shown
 
 
 def test_any_gold_text_counts_and_no_prompt_is_cut_for_a_longer_answer(

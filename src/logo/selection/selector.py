@@ -1,26 +1,24 @@
 """From scores to a `Selection`: the best adapters, how sure that is, and weights that follow from their scores.
 
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
-adaptive   w = q · sharp + (1 - q) · broad
+adaptive   w = p · sharp + (1 - p) · broad
 
     spread      = √(variance of the other scores + (1 + 4 / others) · CHANCE²)
     evidence    = best score - mean of the better half of all others     for responses
                 = (best score - mean of the next five) / spread          if example prompts contribute
     p           = 1 / (1 + exp(-steepness · (evidence - even) - logit(prior) + logit(0.8)))       the confidence
-    q           = boldness · p / (1 + (boldness - 1) · p): the odds of p, so many times
     sharp_i     ∝ exp(score_i / (sharpness · spread)), and its sum is 1
     broad_i     ∝ exp(score_i / (breadth · spread)), and its sum is 1 / (1 + size / HALVED)
     size        = mean over broad of the adapters' sizes: mean over points of ‖ΔW_i‖_F / ‖W‖_F      ΔW_i = s_i B_i A_i
 
-So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter. Where
-the order of scores is reliable, its odds count twice: on a prompt that an adapter fits, a broad mixture loses more than
-a sharper one does where none fits. Scores grow with the training, the rank and the modules of a pool's adapters, on
-their own prompts and on all others. So their unit is how far scores of this pool lie apart on the texts of its
-calibration (`logo.selection.scorer`), and a margin to half of the pool means the same with few adapters and with many.
-Where example prompts contribute, a margin counts in units of the other scores' spread besides: their scores fall when a
-prompt is worded unlike the adapter's own, and an absolute margin would take that for doubt. On prompts that are no
-task's, all scores lie as close together as they do by chance. `steepness`, `even`, `breadth` and `boldness` belong to a
-kind of score; docs/how-selection-works.md says on which rows they were chosen, and how well they hold elsewhere.
+So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter. Scores
+grow with the training, the rank and the modules of a pool's adapters, on their own prompts and on all others. So their
+unit is how far scores of this pool lie apart on the texts of its calibration (`logo.selection.scorer`), and a margin to
+half of the pool means the same with few adapters and with many. Where example prompts contribute, a margin counts in
+units of the other scores' spread besides: their scores fall when a prompt is worded unlike the adapter's own, and an
+absolute margin would take that for doubt. On prompts that are no task's, all scores lie as close together as they do by
+chance. `steepness`, `even`, `sharpness` and `breadth` belong to a kind of score; docs/how-selection-works.md says on
+which rows they were chosen, and how well they hold elsewhere.
 """
 
 from __future__ import annotations
@@ -50,8 +48,9 @@ USUAL_SIZE = 0.03
 # How likely it is that a prompt belongs to some adapter of the pool, unless the user says otherwise.
 PRIOR = 0.8
 _USUAL_LOGIT = math.log(PRIOR / (1 - PRIOR))
-# Below this confidence a selection counts as unsure, unless the user says otherwise: most prompts outside every task.
-UNSURE = 0.15
+# Below this confidence a selection counts as unsure, unless the user says otherwise: more probably than not, the pool
+# has no adapter for the prompt.
+UNSURE = 0.5
 # Adapters with less than this share of the best one's weight, which gets theirs, are left out: each costs as much as
 # one with more.
 LEAST = 0.01
@@ -68,7 +67,6 @@ class Evidence:
         sharpness: softmax temperature of the sharp mixture, in units of the spread: nearly equal adapters share the
             weight.
         breadth: that of the broad mixture.
-        boldness: how often the odds of the confidence count in the weights.
     """
 
     steepness: float
@@ -76,7 +74,6 @@ class Evidence:
     spreads: bool
     sharpness: float
     breadth: float
-    boldness: float
 
     def spread(self, ranked: Sequence[float]) -> float:
         """How far apart the scores of the adapters behind the best one lie, of scores sorted with the best first."""
@@ -95,8 +92,8 @@ class Evidence:
 
 
 # For scores of responses, and for those to which example prompts contribute, whose order is more reliable.
-RESPONSES = Evidence(steepness=4.2, even=2.25, spreads=False, sharpness=0.25, breadth=2.5, boldness=1.0)
-EXAMPLES = Evidence(steepness=1.25, even=1.65, spreads=True, sharpness=1.0, breadth=1.0, boldness=1.0)
+RESPONSES = Evidence(steepness=4.2, even=2.25, spreads=False, sharpness=0.25, breadth=2.5)
+EXAMPLES = Evidence(steepness=1.25, even=1.65, spreads=True, sharpness=0.5, breadth=1.0)
 
 
 @dataclass(frozen=True)
@@ -194,8 +191,7 @@ def adaptive_weights(
     sharp = sharp / sharp.sum()
     broad = np.exp(margins / evidence.breadth)
     broad = broad / broad.sum()
-    share = evidence.boldness * confidence / (1 + (evidence.boldness - 1) * confidence)
-    weights = share * sharp + (1 - share) * broad / (1 + broad @ sizes / HALVED)
+    weights = confidence * sharp + (1 - confidence) * broad / (1 + broad @ sizes / HALVED)
     enough = weights >= LEAST * weights[0]
     weights[0] += weights[~enough].sum()
     return list(weights[enough].tolist())  # the best ones', since they fall with the score
