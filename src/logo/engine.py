@@ -6,7 +6,8 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, CurrentPool, warn_of_bad
 from logo.adapters.sources import OnBadAdapter
 from logo.answering import AnsweringEngine
-from logo.core import Prompt
+from logo.core import Options, Prompt
 from logo.decoding import (
     Decoder,
     Decoding,
@@ -40,7 +41,7 @@ from logo.selection.evidence import Kind
 from logo.selection.index import Tell
 from logo.selection.scorer import BaseReader, Scorer
 from logo.selection.settings import ProbeContext, SelectionSettings, check_context
-from logo.selection.texts import WHOLE
+from logo.selection.texts import WHOLE, windowed
 from logo.state import EngineState
 
 if TYPE_CHECKING:
@@ -307,6 +308,23 @@ class LoGo(AnsweringEngine):
             if self.prefix_cache is not None:
                 self.prefix_cache.clear()
         return super()._put(state)
+
+    @contextmanager
+    def reading_ahead(self, rows: Sequence[Prompt], options: Sequence[Options]) -> Iterator[None]:
+        """Has the text encoder, if there is one, read prompts at once, for which the base model is not needed. Within
+        the block and in this thread, `outcomes` of them need the base model alone. Arguments as there; errors as
+        `logo.selection.encoder.embed`."""
+        state = self._current()
+        probed: dict[str, list[Sequence[int]]] = {}
+        for row, call in zip(rows, options, strict=True):
+            probed.setdefault(call.signal, []).append(row.ids if state.probes_all else row.probed)
+        with ExitStack() as read:
+            for signal, ids in probed.items():
+                scorer = self._scorer(state, signal)
+                if scorer.examples.encoded is not None:
+                    windows = [windowed(row, scorer.signal.window) for row in ids]
+                    read.enter_context(scorer.examples.encoded.reading_ahead(windows))
+            yield
 
     # -- how scores and answers are computed -----------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from typing import Any, get_args
 EXTRAS: Mapping[str, str] = {
     "altair": "eval", "datasets": "eval", "httpx": "serve", "jinja2": "eval", "lm_eval": "eval",
     "nevergrad": "eval", "pandas": "eval", "peft": "train", "prometheus_client": "serve", "pydantic": "serve",
-    "ray": "ray", "sentence_transformers": "eval", "starlette": "serve", "uvicorn": "serve", "vl_convert": "eval",
+    "ray": "ray", "sentence_transformers": "encoder", "starlette": "serve", "uvicorn": "serve", "vl_convert": "eval",
     "vllm": "vllm",
 }  # fmt: skip
 

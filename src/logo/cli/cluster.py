@@ -33,11 +33,14 @@ def anywhere(opening: Opening) -> Opening:
     Hub is a path if it exists."""
     model_dir = opening.options.get("model_dir")
     sources = pool_sources(opening.pool, opening.base_model, model_dir)
+    paths = {"model_dir": os.path.abspath(model_dir or ".")}
+    if opening.options.get("encoder") is not None:
+        paths["encoder"] = absolute(opening.options["encoder"])
     return replace(
         opening,
         base_model=absolute_base(opening.base_model, model_dir),
         pool=spec_of(sources),
-        options={**opening.options, "model_dir": os.path.abspath(model_dir or ".")},
+        options={**opening.options, **paths},
     )
 
 

@@ -135,6 +135,7 @@ def _replicas(
 
 
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions, given: Sequence[str]) -> Launch:
+    from logo.cli.cluster import absolute
     from logo.vllm.launch import Launch
     from logo.vllm.options import VllmOptions
     from logo.vllm.pool import rank_of, slots_of, targets_of
@@ -143,12 +144,18 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     source = resolve_base(base_model, MODEL_DIR)
     load_config(base_model, model_dir=MODEL_DIR)  # may it be read?
     place = spec_of(pool_sources(options.sources, base_model, MODEL_DIR))
+    if options.encoder is not None and not server.dry_run:
+        from logo.selection.encoder import load_encoder
+
+        load_encoder(options.encoder)  # one that cannot be loaded is refused before vLLM is started
     config = {
         **selection_settings(options, server.probe_text).changed,
         "host": server.host,
         "hosts": server.allow_host or [],
         "origins": server.cors or [],
     }
+    if options.encoder is not None:
+        config["encoder"] = absolute(options.encoder)  # replicas have other working folders
     VllmOptions.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse
     fitted = _fitted(options, base_model, server)
     k = config.get("k") or fitted.default_k

@@ -14,7 +14,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,9 @@ DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _BATCH = 64
 _LORA_RETRIEVER = "Styxxxx/lora_retriever"  # LoraRetriever's own, an INSTRUCTOR model by another name
 _OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "tf_model*", "flax_model*", "rust_model*"]
+_turns = threading.Lock()  # tokenizers refuse a second thread
+# What was read ahead: a model and a text -> its vector (d,).
+_ahead: ContextVar[Mapping[tuple[str, str], Tensor]] = ContextVar("ahead", default={})  # noqa: B039
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,29 @@ class EncodedExamples:
             return None
         groups = [[text_of(row) for row in rows] for rows in (ordinary, *filter(None, examples))]
         usual, *own = _stored(model, groups, store)
+        store.release("encoded")
         centres = normalize(torch.stack([vectors.mean(dim=0) for vectors in own]), dim=1)
         return cls(model, text_of, centres, known, spread_of(usual[None]))
 
     def similarities(self, rows: Sequence[Sequence[int]]) -> Similarities:
         """`e` of token ids that were cut to the window; errors as `embed`."""
-        vectors = embed([self.text_of(row) for row in rows], self.model)
+        texts = [self.text_of(row) for row in rows]
+        known = [_ahead.get().get((self.model, text)) for text in texts]
+        read = [vector for vector in known if vector is not None]
+        vectors = torch.stack(read) if len(read) == len(texts) else embed(texts, self.model)
         return Similarities(vectors @ self.centres.T / self.spread, self.known)
+
+    @contextmanager
+    def reading_ahead(self, rows: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Reads rows at once; within the block and in this thread, `similarities` has nothing left to read of them."""
+        texts = [self.text_of(row) for row in rows]
+        vectors = embed(texts, self.model)
+        read = {(self.model, text): vector for text, vector in zip(texts, vectors, strict=True)}
+        before = _ahead.set({**_ahead.get(), **read})
+        try:
+            yield
+        finally:
+            _ahead.reset(before)
 
 
 def _stored(model: str, groups: Sequence[Sequence[str]], store: Store) -> list[Tensor]:
@@ -115,7 +137,7 @@ def embed(texts: Sequence[str], model: str = DEFAULT_MODEL, instruction: str = "
     if any(getattr(module, "include_prompt", True) is False for module in loaded):
         instruction = instruction.strip()
         texts = [text.strip() for text in texts]
-    with torch.no_grad():
+    with _turns, torch.no_grad():
         vectors: Tensor = loaded.encode(
             list(texts),
             prompt=instruction or None,

@@ -98,13 +98,28 @@ class BaseReader:
         points = described_points(self.model, settings, reading.signal)
         if not points or not any(adapter.examples for adapter in adapters):
             return ExamplesRead()
-        rows = [self.encoded(reading.signal, adapter.examples) if adapter.examples else [] for adapter in adapters]
-        ordinary = [*reading.texts.neutral, *self.encoded(reading.signal, EVERYDAY)]
+        rows = self._example_rows(reading.signal, adapters)
+        ordinary = self._ordinary(reading.signal)
         described = examples_of(reading, ordinary, rows, points, self.device_at(points[0]), self.runner)
-        encoded = None
-        if settings.encoder is not None and self.text_of is not None:
-            encoded = EncodedExamples.of(settings.encoder, self.text_of, rows, ordinary, reading.store)
+        encoded = self.encoded_examples(reading.signal, settings, adapters, reading.store)
         return ExamplesRead(points, described, encoded)
+
+    def encoded_examples(
+        self, signal: Signal, settings: SelectionSettings, adapters: Sequence[Adapter], store: Store
+    ) -> EncodedExamples | None:
+        """The example prompts of adapters as the text encoder of the settings reads them, which the store keeps; None
+        if there is no encoder, or if the signal or the settings use no examples."""
+        if settings.encoder is None or self.text_of is None or not described_points(self.model, settings, signal):
+            return None
+        rows = self._example_rows(signal, adapters)
+        return EncodedExamples.of(settings.encoder, self.text_of, rows, self._ordinary(signal), store)
+
+    def _ordinary(self, signal: Signal) -> list[list[int]]:
+        """The texts with which those of adapters are compared."""
+        return [*self.encoded(signal, NEUTRAL, varied=True), *self.encoded(signal, EVERYDAY)]
+
+    def _example_rows(self, signal: Signal, adapters: Sequence[Adapter]) -> list[list[list[int]]]:
+        return [self.encoded(signal, adapter.examples) if adapter.examples else [] for adapter in adapters]
 
     def index_requests(
         self,

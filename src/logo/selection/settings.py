@@ -84,6 +84,7 @@ class SelectionSettings:
         check_choice("examples", self.examples, ExamplesUse)
         if self.encoder is not None:
             check_type("encoder", self.encoder, (str, PathLike), "a folder, or a Hub id of sentence-transformers")
+            object.__setattr__(self, "encoder", str(self.encoder))
         if self.probe_text is not None:
             check_choice("probe_text", self.probe_text, ProbeText)
         check_choice("unscorable", self.unscorable, Unscorable)

@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,12 +148,14 @@ class Service:
         began = time.perf_counter()
         if any(waiting.request.adapters is None for waiting, _ in batch):
             try:
-                with self.batching.paused():
-                    # Prompts that came while the step before this pause was computed share its probe.
-                    batch += self._taken(_PROBED - len(batch))
+                # Generation goes on while a text encoder reads.
+                with self._read_ahead(batch), self.batching.paused():
+                    if self.logo.settings.encoder is None:
+                        # Prompts that came while the step before this pause was computed share its probe.
+                        batch += self._taken(_PROBED - len(batch))
                     began = time.perf_counter()
                     selections = self._probed(batch)
-            except Exception as error:  # generation cannot be paused: it has ended
+            except Exception as error:  # generation cannot be paused, since it has ended; or the encoder fails
                 selections = {waiting: error for waiting, _ in batch}
         probe_ms = 1e3 * (time.perf_counter() - began)
         for waiting, options in batch:
@@ -176,6 +178,11 @@ class Service:
             if name not in self.logo.fitted:
                 raise model_not_found(name)
         return forced(weights, self.logo.fitted, options.candidates)
+
+    def _read_ahead(self, batch: Sequence[tuple[_WaitingPrompt, Options]]) -> AbstractContextManager[None]:
+        """Has a text encoder read the prompts that are to be probed, for the probe within the block."""
+        probed = [(waiting.prompt, options) for waiting, options in batch if waiting.request.adapters is None]
+        return self.logo.reading_ahead([prompt for prompt, _ in probed], [options for _, options in probed])
 
     def _probed(self, batch: Sequence[tuple[_WaitingPrompt, Options]]) -> dict[_WaitingPrompt, Selection | Exception]:
         """The selection of each prompt that is to be probed, or its error. Generation is paused meanwhile."""

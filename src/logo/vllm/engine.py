@@ -19,6 +19,9 @@ from logo import errors
 from logo.adapters.pool import AdapterPool
 from logo.core import Options, ProbeText, Prompt, Selection
 from logo.errors import LoGoError, ModelError, NotFinite, PoolError, UsageError
+from logo.files import Store, cache_folder
+from logo.selection.encoder import load_encoder
+from logo.selection.scorer import BaseReader
 from logo.selection.selector import Evidence, Selector
 from logo.selection.signals import Signal
 from logo.selection.texts import windowed
@@ -28,7 +31,7 @@ from logo.vllm.launch import EXTENSION
 from logo.vllm.patches import options_of
 from logo.vllm.pool import pool_of, rank_of, scoring_signals
 from logo.vllm.requests import Mix, ProbeRequest, lora_request
-from logo.vllm.skeleton import skeleton
+from logo.vllm.skeleton import prompts_of, skeleton
 from logo.vllm.slots import Slots
 from logo.vllm.taps import UNREAD
 
@@ -55,6 +58,7 @@ class OpenSignal:
     signal: Signal
     points: tuple[str, ...]
     selector: Selector
+    encoding: Encoding | None = None  # by a text encoder, if there is one
     calibration: None = None  # the workers have it
 
 
@@ -64,7 +68,6 @@ class Served:
 
     pool: AdapterPool
     opened: Mapping[str, OpenSignal]
-    encoding: Encoding | None = None  # by a text encoder, if there is one
 
 
 class Engine:
@@ -102,8 +105,9 @@ class Engine:
         self.run = run
         self.options = options
         self._rank = lora.max_lora_rank
-        self._tokenizer = model.tokenizer
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
+        self._prompts = prompts_of(model, self.skeleton)
+        self._store = Store(cache_folder(options.settings.cache))  # of what a text encoder has read
         self.served = Served(pool_of(options, self.skeleton), {})
         self.slots = Slots(lora.max_loras, lambda into: self.call("load", into))
         self._changing = asyncio.Lock()
@@ -114,7 +118,11 @@ class Engine:
 
     async def open(self, signals: Sequence[str] | None = None) -> None:
         """Calibrates the pool in all workers, for these signals (None: all that the options name and that can score
-        it); afterwards prompts can be selected for."""
+        it); afterwards prompts can be selected for. LoGoError: it cannot be scored, or the text encoder cannot be
+        loaded."""
+        encoder = self.options.settings.encoder
+        if encoder is not None:
+            await asyncio.to_thread(load_encoder, encoder)  # one that cannot be loaded is refused first
         self._check(self.served.pool)
         self.served = await self._opened(self.served.pool, signals)
 
@@ -151,8 +159,7 @@ class Engine:
         if signals is None:
             signals = scoring_signals(self.options, self.skeleton, pool)
         opened = {signal: await self._open_signal(pool, signal) for signal in signals}
-        encoding = await asyncio.to_thread(Encoding.of, pool, self.options.settings, self._tokenizer)
-        return Served(pool, opened, encoding)
+        return Served(pool, opened)
 
     async def _open_signal(self, pool: AdapterPool, signal: str) -> OpenSignal:
         """Opens the scorer of a signal in all workers, which say again and again which texts have to be run for it."""
@@ -176,7 +183,18 @@ class Engine:
         evidence = facts["evidence"] and Evidence(**facts["evidence"])
         selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
         reading = self.options.settings.reading(pool, signal)
-        return OpenSignal(signal, reading, tuple(first["points"]), selector)
+        encoding = await asyncio.to_thread(self._encoding, pool, selector.names, reading)
+        return OpenSignal(signal, reading, tuple(first["points"]), selector, encoding)
+
+    def _encoding(self, pool: AdapterPool, names: Sequence[str], signal: Signal) -> Encoding | None:
+        """What reads prompts by the text encoder for the adapters that a signal scores; None: nothing does."""
+        settings = self.options.settings
+        if settings.encoder is None:
+            return None
+        base = BaseReader(self.skeleton, self._prompts.texts, text_of=self._prompts.text_of)
+        adapters = [pool[name] for name in names]
+        examples = base.encoded_examples(signal, settings, adapters, self._store)
+        return None if examples is None else Encoding(examples)
 
     async def signal(self, served: Served, signal: str) -> Served:
         """The pool with one more signal, which is opened in the workers first."""
@@ -235,7 +253,11 @@ class Engine:
     ) -> list[list[float]]:
         """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `ProbeRequest`.
         NotFinite: a score overflowed; ModelError: a prompt could not be scored."""
-        window = served.opened[signal].signal.window
+        opened = served.opened[signal]
+        windows = [windowed(row, opened.signal.window) for row in rows]
+        encoded: Sequence[tuple[float, ...] | None] = [None] * len(rows)
+        if opened.encoding is not None and not plain:
+            encoded = await asyncio.gather(*map(opened.encoding.similarities, windows))
         outcomes: list[Any] = [UNREAD] * len(rows)
         for _ in range(_TRIES):
             unread = [
@@ -243,12 +265,10 @@ class Engine:
             ]
             if not unread:
                 break
-            windows = [windowed(rows[i], window) for i in unread]
+            probed = [windows[i] for i in unread]
             names = [among[i] for i in unread]
-            encoded: Sequence[tuple[float, ...] | None] = [None] * len(windows)
-            if served.encoding is not None and not plain:
-                encoded = await asyncio.gather(*map(served.encoding.similarities, windows))
-            keys = await self._probe(served.pool.digest, signal, windows, names, encoded, plain=plain, alone=alone)
+            similar = [encoded[i] for i in unread]
+            keys = await self._probe(served.pool.digest, signal, probed, names, similar, plain=plain, alone=alone)
             for i, outcome in zip(unread, await self._take(keys), strict=True):
                 outcomes[i] = outcome
         for outcome in outcomes:

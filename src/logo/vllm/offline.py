@@ -42,6 +42,7 @@ from logo.models import (
 )
 from logo.prompts import Prompts, Truncation
 from logo.scoring import Pair, Scored, checked_nll, continued_rows
+from logo.selection.encoder import load_encoder
 from logo.selection.plan import plan
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import SIGNALS
@@ -91,6 +92,8 @@ def open_engine(
     """
     _refuse_options(others)
     need("engine 'vllm'", "vllm")
+    if settings.encoder is not None:
+        load_encoder(settings.encoder)  # one that cannot be loaded is refused before vLLM is started
     checked_options(model_kwargs)
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
     computed = _computed(dtype, source)

@@ -18,7 +18,8 @@ from torch import Tensor
 from logo import models
 from logo.errors import ModelError
 from logo.identity import sampled
-from logo.models import fetch, loading, stored
+from logo.models import context_length, fetch, loading, stored
+from logo.prompts import Prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,16 @@ class _Stored:
     file: Path
     sample: Tensor
     dtype: torch.dtype
+
+
+def prompts_of(model_config: Any, model: PreTrainedModel) -> Prompts:
+    """What reads texts as the model of vLLM's `ModelConfig` does, whose skeleton this is: of as many tokens as fit into
+    a probe, behind which vLLM generates one more."""
+    from transformers import AutoTokenizer
+
+    most = model_config.max_model_len - 1
+    tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer, trust_remote_code=False)
+    return Prompts(tokenizer, min(context_length(model) or most, most))
 
 
 def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:

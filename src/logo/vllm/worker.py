@@ -22,7 +22,6 @@ from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.errors import AdapterError, LoGoError, ModelError, UsageError
 from logo.files import Store, cache_folder
-from logo.models import context_length
 from logo.prompts import Prompts
 from logo.selection.calibration import HiddenVectors
 from logo.selection.plan import described_points, plan
@@ -36,7 +35,7 @@ from logo.vllm.layers import GatedWrapper, Tap, is_compiled, multiplied, split, 
 from logo.vllm.options import VllmOptions, log
 from logo.vllm.pool import pool_of, scoring_signals
 from logo.vllm.requests import NAME, Mix, ProbeRequest, parse
-from logo.vllm.skeleton import skeleton
+from logo.vllm.skeleton import prompts_of, skeleton
 from logo.vllm.taps import Span, Taps, TextReader
 
 # The ids that this worker gives to requests begin here, behind those that vLLM itself uses to warm up.
@@ -94,8 +93,7 @@ class Worker:
         self._block_sizes: tuple[int, ...] | None = ()  # see `clearing`; (): not known before the first step
         self._places = self._read_at(pool)
         split(vllm_config, sorted(map(str, self._places)))
-        self._max_tokens = model_config.max_model_len - 1
-        self._tokenizer = model_config.tokenizer
+        self._model_config = model_config
         # Until a pool is replaced, also of what the cache folder does not take.
         self._store: Store = Store(cache_folder(options.settings.cache))
         # While a signal is opened: text -> place in vLLM's model -> hidden vectors (tokens, d).
@@ -384,10 +382,7 @@ class Worker:
 
     @functools.cached_property
     def _prompts(self) -> Prompts:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False)
-        return Prompts(tokenizer, min(context_length(self._skeleton) or self._max_tokens, self._max_tokens))
+        return prompts_of(self._model_config, self._skeleton)
 
 
 class Extension:
