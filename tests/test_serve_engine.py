@@ -18,8 +18,10 @@ from torch import nn
 from transformers import GenerationConfig
 
 import tiny
+from encoders import HeldEncoder, write_encoder
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.adapter import Adapter
+from logo.adapters.examples import write_examples
 from logo.api.errors import ApiError, NotReady
 from logo.api.names import MixtureRequest
 from logo.api.replies import Chosen
@@ -227,6 +229,41 @@ def test_requests_that_come_while_a_step_ends_share_one_probe(
     for chosen, want in zip(found, alone, strict=False):
         assert chosen.chosen.selection.adapters == want.adapters
         chosen.release()
+
+
+def test_answers_go_on_while_a_text_encoder_reads(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And prompts that wait for it are read together."""
+    shutil.copytree(adapters, tmp_path / "pool")
+    folders = sorted(file.parent for file in (tmp_path / "pool").rglob("adapter_config.json"))
+    for i, folder in enumerate(folders[1:]):
+        write_examples(folder, [f"w{5 + i} w{9 + 2 * i} w7", f"w{50 - i}"])
+    encoder = write_encoder(tmp_path / "encoder")
+    logo = engine(tiny.model("llama"), tmp_path / "pool", unscorable="skip", encoder=encoder)
+    rows = tiny.prompts([20, 25, 30, 22], seed=8)
+    alone = logo.select(rows)
+    held = HeldEncoder(monkeypatch, PATIENCE)
+
+    async def use(service: Service) -> list[HeldMixture]:
+        forced = await choose(service, Prompt.of_ids(rows[0]), MixtureRequest({}))
+        asked = [asyncio.create_task(choose(service, Prompt.of_ids(rows[0]), MixtureRequest()))]
+        try:
+            await asyncio.to_thread(held.began.wait, PATIENCE)
+            asked += [asyncio.create_task(choose(service, Prompt.of_ids(ids), MixtureRequest())) for ids in rows[1:]]
+            tokens: list[int] = []
+            async for _, new, _ in service.batching.generate([AnswerJob(rows[0], forced, Sampling(max_tokens=5))]):
+                tokens += new
+            assert tokens and held.calls == [1]
+        finally:
+            held.go.set()
+            forced.release()
+        return await asyncio.gather(*asked)
+
+    for chosen, want in zip(served(logo, use), alone, strict=True):
+        assert chosen.chosen.selection.scores == same_scores(want.scores)
+        chosen.release()
+    assert held.calls == [1, 3]
 
 
 def test_a_step_that_fails_ends_one_sequence_and_no_other(adapters: Path) -> None:

@@ -422,7 +422,9 @@ class Scorer:
         self.names = ("one", "two")
         self.described = (len(modules) - 1,) if described else ()
 
-    def score_responses(self, per_point: Any, descriptions: Any, tokens: Tensor, among: Any = (None,)) -> Tensor:
+    def score_responses(
+        self, per_point: Any, descriptions: Any, tokens: Tensor, among: Any = (None,), encoded: Any = None
+    ) -> Tensor:
         if among[0] is not None:
             asked = torch.tensor([[name in among[0] for name in self.names]])
             per_point = [torch.where(asked, response, -torch.inf) for response in per_point]

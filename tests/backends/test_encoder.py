@@ -114,7 +114,9 @@ def test_an_encoder_that_fails_fails_those_that_wait(
     same_selection(inside.select(rows[0]), expected)
 
 
-def test_examples_of_a_pool_that_changes(inside: Any, pool: Path, encoder: str, rows: list[str], tmp_path: Path) -> None:
+def test_examples_of_a_pool_that_changes(
+    inside: Any, pool: Path, encoder: str, rows: list[str], tmp_path: Path
+) -> None:
     """An adapter joins with its examples, is replaced by one that differs in these alone, and leaves."""
     engine = inside.engine
     asked = [Prompt.of_ids(inside.tokenizer(row)["input_ids"]) for row in rows[:4]]

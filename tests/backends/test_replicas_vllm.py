@@ -11,7 +11,10 @@ import psutil
 import pytest
 from vllm_server import ASSETS, KEY, environment, free_port, started
 
+from encoders import write_encoder
 from http_server import eventually
+from logo import LoGo
+from tolerances import same_scores
 
 pytest.importorskip("ray")
 
@@ -22,7 +25,9 @@ CODE = "import sys; from logo.cli.app import run; sys.exit(run(sys.argv[1:]))"
 
 def test_an_engine_is_replaced_by_one_with_the_same_pool_at_the_same_address(tmp_path: Path) -> None:
     port = free_port()
+    encoder = write_encoder(tmp_path / "encoder")
     options = ["--replicas", "1", "--engine", "vllm", "--base-model", "demo", "--kv-cache-gb", "0.2"]
+    options += ["--encoder", os.path.relpath(encoder), "--dtype", "float32"]
     asked = [sys.executable, "-c", CODE, "serve", "--port", str(port), *options]
     asked += ["--", "--enforce-eager", "--max-model-len", "256"]
     variables = {**environment(None), "LOGO_API_KEY": KEY, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
@@ -36,6 +41,9 @@ def test_an_engine_is_replaced_by_one_with_the_same_pool_at_the_same_address(tmp
     with started(asked, port, variables, tmp_path / "log") as server:
         eventually(lambda: "replicas ready: 1 of 1" in server.log.read_text())
         assert answer("logo") == (200, " 12")
+        status, selected = server.ask("/v1/logo/select", {"prompt": body["prompt"]})
+        logo = LoGo.from_pretrained("demo", device="cpu", dtype="float32", encoder=encoder)
+        assert status == 200 and selected["scores"] == same_scores(dict(logo.select(str(body["prompt"])).scores))
         change = {"lora_name": "sums", "lora_path": str(ASSETS / "adapters" / "add_numbers")}
         assert server.ask("/v1/load_lora_adapter", change, key=None)[0] == 401
         assert server.ask("/v1/load_lora_adapter", change)[0] == 200

@@ -289,10 +289,9 @@ def _scores(reading: _PromptReading, scorer: Scorer) -> list[float]:
     probe = reading.span.probe
     descriptions = [] if probe.plain else [reading.means[i][None] for i in scorer.described]
     read = torch.tensor([len(reading.span.prompt) - reading.first])
-    described = scorer.examples.described
     encoded = None
-    if probe.encoded is not None and described is not None:
-        encoded = Similarities(torch.tensor([probe.encoded]), described.known)
+    if probe.encoded is not None and scorer.examples.described is not None:
+        encoded = Similarities(torch.tensor([probe.encoded]), scorer.examples.described.known)
     scores: list[float] = scorer.score_responses(per_point, descriptions, read, [probe.among], encoded)[0].tolist()
     return scores
 
