@@ -240,7 +240,7 @@ def test_answers_go_on_while_a_text_encoder_reads(
     for i, folder in enumerate(folders[1:]):
         write_examples(folder, [f"w{5 + i} w{9 + 2 * i} w7", f"w{50 - i}"])
     encoder = write_encoder(tmp_path / "encoder")
-    logo = engine(tiny.model("llama"), tmp_path / "pool", unscorable="skip", encoder=encoder)
+    logo = engine(tiny.model("llama"), tmp_path / "pool", signal="calibrated", unscorable="skip", encoder=encoder)
     rows = tiny.prompts([20, 25, 30, 22], seed=8)
     alone = logo.select(rows)
     held = HeldEncoder(monkeypatch, PATIENCE)
