@@ -94,6 +94,24 @@ def test_what_both_servers_understand(capsys: pytest.CaptureFixture[str]) -> Non
     assert "Listening on 0.0.0.0 without an API key" in said
 
 
+def test_a_text_encoder_is_passed_on_and_loaded_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A folder by its absolute path: replicas have other working folders."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for given, passed in (("mine", str(tmp_path / "mine")), ("all-MiniLM-L6-v2", "all-MiniLM-L6-v2")):
+        variables, _, _ = dry(capsys, "--encoder", given)
+        options = VllmOptions.of(None, variables)
+        assert options is not None and options.settings == SelectionSettings(encoder=passed)
+    monkeypatch.setattr(os, "execvpe", lambda *_: pytest.fail("vLLM was started"))
+    monkeypatch.setattr(serve_vllm, "need", lambda *_: None)
+    for options in (SERVE, ["serve", "--base-model", "demo", "--port", "0"]):
+        assert run([*options, "--encoder", "mine"]) == 1
+        said = capsys.readouterr().err
+        assert "text encoder 'mine' cannot be loaded: " in said and "Serving on" not in said, said
+
+
 @pytest.mark.parametrize("by", ["option", "LOGO_API_KEY", "VLLM_API_KEY"])
 def test_a_key_is_never_on_the_command_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, by: str

@@ -47,6 +47,14 @@ def selection_settings(options: ModelOptions, probe_text: ProbeText | None = Non
     )
 
 
+def check_encoder(options: EngineOptions) -> None:
+    """Loads the text encoder, if there is one, so that one that cannot be loaded is refused before anything starts."""
+    if options.encoder is not None:
+        from logo.selection.encoder import load_encoder
+
+        load_encoder(options.encoder)
+
+
 @dataclass(frozen=True)
 class Opened:
     """A loaded base model and a pool, for any number of engines."""

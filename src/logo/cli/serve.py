@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.cli import serve_vllm
-from logo.cli.opening import open_engine
+from logo.cli.opening import check_encoder, open_engine
 from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note
 from logo.cli.prompts import or_demo
@@ -53,6 +53,7 @@ def serve(
     tell = note if server.log == "text" else logging.getLogger("logo.serve").info
     if not guards.api_keys and not guards.key_adapters and not is_loopback(server.host):
         tell(serve_vllm.OPEN.format(server.host))
+    check_encoder(engine)
     socket = listening(server.host, server.port)
     base_model = or_demo(engine)
     name = server.model_name(base_model)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo.adapters.layout import BaseLayout
 from logo.adapters.sources import pool_sources, spec_of
-from logo.cli.opening import MODEL_DIR, open_pool, quiet_transformers, selection_settings
+from logo.cli.opening import MODEL_DIR, check_encoder, open_pool, quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note, out
 from logo.cli.prompts import or_demo
@@ -144,10 +144,8 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     source = resolve_base(base_model, MODEL_DIR)
     load_config(base_model, model_dir=MODEL_DIR)  # may it be read?
     place = spec_of(pool_sources(options.sources, base_model, MODEL_DIR))
-    if options.encoder is not None and not server.dry_run:
-        from logo.selection.encoder import load_encoder
-
-        load_encoder(options.encoder)  # one that cannot be loaded is refused before vLLM is started
+    if not server.dry_run:
+        check_encoder(options)
     config = {
         **selection_settings(options, server.probe_text).changed,
         "host": server.host,
