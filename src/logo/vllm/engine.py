@@ -31,7 +31,7 @@ from logo.vllm.launch import EXTENSION
 from logo.vllm.patches import options_of
 from logo.vllm.pool import pool_of, rank_of, scoring_signals
 from logo.vllm.requests import Mix, ProbeRequest, lora_request
-from logo.vllm.skeleton import prompts_of, skeleton
+from logo.vllm.skeleton import fitting, prompts_of, skeleton
 from logo.vllm.slots import Slots
 from logo.vllm.taps import UNREAD
 
@@ -107,6 +107,7 @@ class Engine:
         self._rank = lora.max_lora_rank
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self._prompts = prompts_of(model, self.skeleton)
+        self._max_model_len = model.max_model_len
         self._store = Store(cache_folder(options.settings.cache))  # of what a text encoder has read
         self.served = Served(pool_of(options, self.skeleton), {})
         self.slots = Slots(lora.max_loras, lambda into: self.call("load", into))
@@ -191,7 +192,8 @@ class Engine:
         settings = self.options.settings
         if settings.encoder is None:
             return None
-        base = BaseReader(self.skeleton, self._prompts.texts, text_of=self._prompts.text_of)
+        prompts = fitting(self._prompts, signal.window, self._max_model_len)
+        base = BaseReader(self.skeleton, prompts.texts, text_of=prompts.text_of)
         adapters = [pool[name] for name in names]
         examples = base.encoded_examples(signal, settings, adapters, self._store)
         return None if examples is None else Encoding(examples)

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from logo.errors import ModelError
 from logo.identity import sampled
 from logo.models import context_length, fetch, loading, stored
 from logo.prompts import Prompts
+from logo.selection.texts import WHOLE, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,13 +39,20 @@ class _Stored:
 
 
 def prompts_of(model_config: Any, model: PreTrainedModel) -> Prompts:
-    """What reads texts as the model of vLLM's `ModelConfig` does, whose skeleton this is: of as many tokens as fit into
-    a probe, behind which vLLM generates one more."""
+    """What reads texts for the model of vLLM's `ModelConfig`, whose skeleton this is, as the local engine does."""
     from transformers import AutoTokenizer
 
-    most = model_config.max_model_len - 1
     tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer, trust_remote_code=False)
+    most: int = model_config.max_model_len
     return Prompts(tokenizer, min(context_length(model) or most, most))
+
+
+def fitting(prompts: Prompts, window: Window, max_model_len: int) -> Prompts:
+    """The same for texts that are cut to a window and run as probes, behind which vLLM generates one more token."""
+    if window != WHOLE and sum(window) < max_model_len:
+        return prompts
+    most = max_model_len - 1
+    return replace(prompts, context=min(prompts.context or most, most))
 
 
 def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:

@@ -35,7 +35,7 @@ from logo.vllm.layers import GatedWrapper, Tap, is_compiled, multiplied, split, 
 from logo.vllm.options import VllmOptions, log
 from logo.vllm.pool import pool_of, scoring_signals
 from logo.vllm.requests import NAME, Mix, ProbeRequest, parse
-from logo.vllm.skeleton import prompts_of, skeleton
+from logo.vllm.skeleton import fitting, prompts_of, skeleton
 from logo.vllm.taps import Span, Taps, TextReader
 
 # The ids that this worker gives to requests begin here, behind those that vLLM itself uses to warm up.
@@ -325,7 +325,9 @@ class Worker:
         scorers: Any = {key: reader for key, reader in self.taps.readers.items() if key[1]}  # and no texts
         of_signal = (scorer for (_, name), scorer in reversed(scorers.items()) if name == signal)
         before = scorers.get((digest, signal)) or next(of_signal, None)
-        base = BaseReader(self._skeleton, self._prompts.texts, self._vectors, self._manager.device, self._store)
+        window = self._options.settings.reading(self._pools[digest], signal).window
+        prompts = fitting(self._prompts, window, self._model_config.max_model_len)
+        base = BaseReader(self._skeleton, prompts.texts, self._vectors, self._manager.device, self._store)
         try:
             scorer = Scorer.open(base, self._pools[digest], self._options.settings, signal, before=before)
         except _TextsNeeded as needed:
