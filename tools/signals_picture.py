@@ -1,10 +1,10 @@
 """The README's picture: how often the right adapter comes first and how many answers are exact, by several methods.
 
-    python tools/signals_picture.py WITH WITHOUT docs/images/signals.svg
+    python tools/signals_picture.py STUDY docs/images/signals.svg
 
-Each of the first two folders holds studies (`logo eval study --save WITH/terse ...`) of the same rows: `own`, with rows
-of tasks that have no adapter, and `terse`, `chatty` and `first` in other words. The adapters of the studies in WITH
-have example prompts, and these studies also have LoraRetriever (`--methods loraretriever`).
+STUDY is the folder of a study of rows in several wordings, `training`, `terse`, `chatty` and `first`, with rows of tasks
+that have no adapter, example prompts, an encoder, the signals `calibrated,responses+examples,responses` and
+LoraRetriever (docs/study.md has the command).
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-METHODS = ("base model", "all adapters alike", "text encoder", "LoGo, no examples", "LoGo", "right adapter")
+ARMS = {
+    "base model": "base",
+    "all adapters alike": "uniform",
+    "text encoder": "loraretriever",
+    "LoGo, no examples": "responses",
+    "LoGo": "responses+examples",
+    "LoGo, text encoder": "calibrated",
+    "right adapter": "target",
+}
+METHODS = tuple(ARMS)
 SHOWN = ("training wording", "other words", "nothing fits")
 MEASURES = ("right adapter first", "exact answers")
 OTHER_WORDS = ("terse", "chatty", "first")
@@ -26,36 +35,26 @@ OTHER_WORDS = ("terse", "chatty", "first")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("examples", type=Path)
-    parser.add_argument("none", type=Path)
+    parser.add_argument("study", type=Path)
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
-    arms = {
-        "base model": (args.examples, "base"),
-        "all adapters alike": (args.examples, "uniform"),
-        "text encoder": (args.examples, "loraretriever"),
-        "LoGo, no examples": (args.none, "calibrated"),
-        "LoGo": (args.examples, "calibrated"),
-        "right adapter": (args.examples, "target"),
-    }
+    run = json.loads((args.study / "run.json").read_text(encoding="utf-8"))
+    wordings = run["report"]["wordings"]
     values = [
         {"method": method, "panel": panel, "measure": measure, "value": value}
-        for method, (folder, arm) in arms.items()
+        for method, arm in ARMS.items()
         for panel in SHOWN
-        for measure, value in zip(MEASURES, numbers(folder, panel, arm), strict=True)
+        for measure, value in zip(MEASURES, numbers(wordings, panel, arm), strict=True)
         if value is not None
     ]
     chart(pd.DataFrame(values)).save(args.picture)
 
 
-def numbers(folder: Path, panel: str, arm: str) -> tuple[float | None, float | None]:
+def numbers(wordings: dict[str, Any], panel: str, arm: str) -> tuple[float | None, float | None]:
     """The share of rows whose right adapter comes first, and of exact answers; None where there is no such number."""
-    names = OTHER_WORDS if panel == "other words" else ("own",)
+    names = OTHER_WORDS if panel == "other words" else ("training",)
     protocol = "out-of-pool" if panel == "nothing fits" else "in-pool"
-    reports = []
-    for name in names:
-        study = json.loads((folder / name / "run.json").read_text(encoding="utf-8"))
-        reports.append(study["report"]["protocols"][protocol].get(arm, {}))
+    reports = [wordings[name]["protocols"][protocol].get(arm, {}) for name in names]
     return average(reports, "top1"), average(reports, "exact_match")
 
 
