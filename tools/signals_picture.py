@@ -2,8 +2,8 @@
 
     python tools/signals_picture.py STUDY docs/images/signals.svg
 
-STUDY is the folder of a study of rows in several wordings, `training`, `terse`, `chatty` and `first`, with rows of tasks
-that have no adapter, example prompts, an encoder, the signals `calibrated,responses+examples,responses` and
+STUDY is the folder of a study of rows in several wordings, `training`, `terse`, `chatty` and `first`, with rows of
+tasks that have no adapter, example prompts, an encoder, the signals `calibrated,responses+examples,responses` and
 LoraRetriever (docs/study.md has the command).
 """
 
