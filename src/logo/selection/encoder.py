@@ -83,9 +83,11 @@ class EncodedExamples:
     def similarities(self, rows: Sequence[Sequence[int]]) -> Similarities:
         """`e` of token ids that were cut to the window; errors as `embed`."""
         texts = [self.text_of(row) for row in rows]
-        known = [_ahead.get().get((self.model, text)) for text in texts]
-        read = [vector for vector in known if vector is not None]
-        vectors = torch.stack(read) if len(read) == len(texts) else embed(texts, self.model)
+        ahead = _ahead.get()
+        if all((self.model, text) in ahead for text in texts):
+            vectors = torch.stack([ahead[self.model, text] for text in texts])
+        else:
+            vectors = embed(texts, self.model)
         return Similarities(vectors @ self.centres.T / self.spread, self.known)
 
     @contextmanager
@@ -103,18 +105,27 @@ class EncodedExamples:
 
 def _stored(model: str, groups: Sequence[Sequence[str]], store: Store) -> list[Tensor]:
     """The embeddings (texts, d) of each group of texts, which the store keeps."""
-    digest = hashlib.sha256()
-    for name, tensor in load_encoder(model).state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sampled(tensor).numpy().tobytes())
+    identity = _identity(model)
     files = []
     for group in groups:
-        content = json.dumps([digest.hexdigest(), list(group)])
+        content = json.dumps([identity, list(group)])
         files.append(f"encoded/{hashlib.sha256(content.encode()).hexdigest()[:24]}")
     missing = {file: group for file, group in zip(files, groups, strict=True) if not store.get(file)}
-    vectors = embed([text for group in missing.values() for text in group], model) if missing else torch.empty(0)
-    for file, part in zip(missing, torch.split(vectors, [len(group) for group in missing.values()]), strict=True):
-        store.put(file, {"vectors": part.clone()})
+    if missing:
+        vectors = embed([text for group in missing.values() for text in group], model)
+        counts = [len(group) for group in missing.values()]
+        for file, part in zip(missing, torch.split(vectors, counts), strict=True):
+            store.put(file, {"vectors": part.clone()})
     return [store.get(file)["vectors"] for file in files]
+
+
+def _identity(model: str) -> str:
+    """A digest of the weights of an encoder."""
+    digest = hashlib.sha256()
+    for name, tensor in load_encoder(model).state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(sampled(tensor).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def embed(texts: Sequence[str], model: str = DEFAULT_MODEL, instruction: str = "", device: str = "cpu") -> Tensor:

@@ -13,7 +13,7 @@ What an adapter lacks is estimated from its response, so that all scores are on 
 
     s_j = s̄ + r_j - r̄        s̄, r̄: means over the adapters that have it, the best of them left out
 
-with `FEW_KNOWN` more adapters in `s̄` whose evidence is that of ordinary texts, 0. If a call names candidates, the means
+where s̄ counts `FEW_KNOWN` adapters more, with evidence 0, as ordinary texts have. If a call names candidates, the means
 are those of the candidates alone. In a pool without example prompts, the score is the response.
 docs/how-selection-works.md has the measurements behind this.
 """
@@ -31,7 +31,7 @@ Kind = Literal["responses", "examples", "encoder"]  # r, s, e
 KINDS: tuple[Kind, ...] = ("responses", "examples", "encoder")
 # The weight of responses: example prompts say more (docs/how-selection-works.md).
 RESPONSE = 0.5
-# In s̄, so many adapters more are counted, whose evidence is that of ordinary texts.
+# The mean s̄ counts this many adapters more, each with evidence 0: of few adapters, a mean alone says little.
 FEW_KNOWN = 4
 
 

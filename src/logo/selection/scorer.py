@@ -242,8 +242,10 @@ class Scorer:
             reading.store.release(reading.key)
         earlier = before.indices if before is not None and before.signal == signal_read else ()
         requests = base.index_requests(planned.adapters, points, spaces, earlier)
-        store = None if reading is None else reading.store
-        indices = read_indices(requests, tell, store, "" if reading is None else f"{reading.key}/rows")
+        if reading is None:
+            indices = read_indices(requests, tell)
+        else:
+            indices = read_indices(requests, tell, reading.store, f"{reading.key}/rows")
         places = [Place(number, index) for number, index in enumerate(indices)]
         if signal_read.plugin is None and len(indices) > 1:  # signals of others may need whole responses
             indices, places = side_by_side(indices)
@@ -299,7 +301,7 @@ class Scorer:
         """Where prompts are read: where adapters are scored, and then where prompts are described."""
         return self.probe.points
 
-    @property
+    @cached_property
     def described(self) -> range:
         """The numbers of the points at which prompts are described, to be compared with example prompts."""
         return range(len(self.probe.points) - len(self.examples.points), len(self.probe.points))
@@ -353,20 +355,12 @@ class Scorer:
         # Plugins may need gradients of their own, and pages that are kept must not be inference tensors.
         outlive = signal.plugin is not None or self.prefix_cache is not None
         with torch.no_grad() if outlive else torch.inference_mode():
-            if self.prefix_cache is None:
-                most = math.inf if signal.window == WHOLE else sum(signal.window)
-                rows = [row if len(row) <= most else windowed(row, signal.window) for row in rows]
+            most = math.inf if signal.window == WHOLE else sum(signal.window)
+            rows = [row if len(row) <= most else windowed(row, signal.window) for row in rows]
             encoded = None if self.examples.encoded is None else self.examples.encoded.similarities(rows)
             if not self.probe.points:  # the text encoder alone
                 return self.score_responses([], [], torch.tensor([len(row) for row in rows]), among, encoded)
-            if self.prefix_cache is None:
-                ids, mask = padded(rows, input_device(self.probe.model))
-                picked, owners = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
-                hidden = self.probe(ids, mask, picked.to(ids.device))
-            else:  # tokens on which adapters act are never cached
-                ends = [earliest(signal.activations, row) for row in rows]
-                read = partial(self._read_uncached, rows)
-                hidden, owners = self.prefix_cache.extend(rows, ends, read)
+            hidden, owners = self._hidden(rows)
             weights, sums = emphasis(owners, len(rows))
             device = self.indices[0].stacked.device
             descriptions = [both_means(hidden[point].to(device), owners, weights, sums) for point in self.described]
@@ -376,6 +370,17 @@ class Scorer:
                 response_means = both_means(torch.cat(responses, dim=1), owners, weights, sums)[:, : signal.readings]
                 per_point = [finished(response_means.flatten(1), signal.scale)]
             return self.score_responses(per_point, descriptions, sums[:, 0], among, encoded)
+
+    def _hidden(self, rows: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor]:
+        """The hidden vectors (vectors, d) of prompts at each point, and which row each vector is of (vectors,)."""
+        if self.prefix_cache is None:
+            ids, mask = padded(rows, input_device(self.probe.model))
+            picked, owners = pick(list(map(self.signal.begin, rows)), list(map(len, rows)), ids.shape[1])
+            return self.probe(ids, mask, picked.to(ids.device)), owners
+        # Tokens on which adapters act are never cached.
+        ends = [earliest(self.signal.activations, row) for row in rows]
+        read: tuple[list[Tensor], Tensor] = self.prefix_cache.extend(rows, ends, partial(self._read_uncached, rows))
+        return read
 
     def _read_uncached(
         self, rows: Sequence[Sequence[int]], ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]
