@@ -20,6 +20,7 @@ from torch import nn
 
 import logo.selection.encoder as embedding
 import tiny
+from encoders import HeldEncoder
 from logo import LoGo, Selection
 from logo.adapters.examples import write_examples
 from logo.adapters.peft import EXAMPLES
@@ -28,6 +29,7 @@ from logo.baselines.best_single import labelled
 from logo.baselines.lorahub import minimise, objective
 from logo.cli.app import run
 from logo.cli.options import MethodOptions
+from logo.core import Prompt
 from logo.demo import heldout
 from logo.errors import DataError, HubError, LoGoError, ModelError, UsageError
 from logo.rows import Row
@@ -36,7 +38,7 @@ from logo.selection.evidence import FEW_KNOWN, KINDS, Kind
 from logo.selection.settings import SelectionSettings
 from make_adapters import edit_weights, write_peft
 from test_engine import PROMPTS, engine, hooks, write_adapter
-from tolerances import same_scores, same_tensor, same_weights
+from tolerances import PATIENCE, same_scores, same_tensor, same_weights
 from warm import python
 from written import write_rows
 
@@ -395,6 +397,27 @@ def test_a_text_encoder_is_evidence(llama: nn.Module, pool: Path, sentences: str
     torch.testing.assert_close(added, unit * cosines, atol=1e-3, rtol=1e-3)
     read = [file for file in tmp_path.rglob("encoded/*.safetensors")]
     assert len(read) == 1 + len(logo.names)
+
+
+def test_what_a_text_encoder_has_read_is_not_read_again(
+    llama: nn.Module, pool: Path, sentences: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = engine(llama, pool)
+    settings = SelectionSettings(cache=str(tmp_path), encoder=sentences)
+    logo = LoGo(opened.model, opened.tokenizer, opened.pool, settings=settings)
+    prompts = [Prompt.of_ids(row) for row in logo.prompts.texts([*PROMPTS, PROMPTS[0]])]
+    options = [logo.options()] * len(prompts)
+    expected = [same_scores(selection.scores) for selection in logo.outcomes(prompts, options)]
+    held = HeldEncoder(monkeypatch, PATIENCE)
+    held.go.set()
+    embedded = logo.embedded(prompts, options)
+    assert held.calls == [len(PROMPTS)]  # together, and each text once
+    assert [selection.scores for selection in logo.outcomes(prompts, options, embedded=embedded)] == expected
+    assert held.calls == [len(PROMPTS)]
+    first = logo.embedded(prompts[:1], options[:1])
+    assert [selection.scores for selection in logo.outcomes(prompts, options, embedded=first)] == expected
+    assert held.calls == [len(PROMPTS), 1, len(PROMPTS) - 1]
+    assert not logo.only(["responses"]).embedded(prompts, options) and not opened.embedded(prompts, options)
 
 
 def test_each_kind_of_evidence_alone(llama: nn.Module, pool: Path, sentences: str, tmp_path: Path) -> None:

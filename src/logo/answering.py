@@ -36,6 +36,7 @@ from logo.models import ModelLock
 from logo.prefix_cache import PrefixCache
 from logo.prompts import Prompts, several
 from logo.scoring import Pair, Scored, encoded
+from logo.selection.encoder import NOTHING, Embedded
 from logo.selection.selector import for_each, forced
 from logo.selection.settings import OPTIONS, ProbeContext, SelectionSettings, check_context
 from logo.state import EngineState
@@ -93,8 +94,10 @@ class AnsweringEngine(ABC):
         probed: Sequence[Sequence[int]],
         candidates: Sequence[Collection[str] | None],
         batch_size: int,
+        embedded: Embedded,
     ) -> Tensor:
-        """Scores (rows, adapters) of token ids; those of adapters that are no candidates may be wrong."""
+        """Scores (rows, adapters) of token ids; those of adapters that are no candidates may be wrong. `embedded` as in
+        `outcomes`."""
 
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
         """The indices of rows that are answered together."""
@@ -183,14 +186,23 @@ class AnsweringEngine(ABC):
         return self.settings.options(self.fitted, options)
 
     def outcomes(
-        self, rows: Sequence[Prompt], options: Sequence[Options], batch_size: int = 8
+        self, rows: Sequence[Prompt], options: Sequence[Options], batch_size: int = 8, embedded: Embedded = NOTHING
     ) -> list[Selection | LoGoError]:
-        """One selection for each prompt that was read, by its own `options`, or the error that its scores give."""
+        """One selection for each prompt that was read, by its own `options`, or the error that its scores give.
+
+        Args:
+            embedded: what a text encoder has read already of these prompts (`LoGo.embedded`).
+        """
         with self._call() as state:
-            return self._outcomes(state, rows, options, batch_size)
+            return self._outcomes(state, rows, options, batch_size, embedded)
 
     def _outcomes(
-        self, state: EngineState, rows: Sequence[Prompt], options: Sequence[Options], batch_size: int
+        self,
+        state: EngineState,
+        rows: Sequence[Prompt],
+        options: Sequence[Options],
+        batch_size: int,
+        embedded: Embedded = NOTHING,
     ) -> list[Selection | LoGoError]:
         in_turn = self.probe_context == "carry"  # each row depends on the one before
         groups: dict[tuple[str, int], list[int]] = {}  # the numbers of rows that are scored together
@@ -203,7 +215,7 @@ class AnsweringEngine(ABC):
             scorer = self._scorer(state, signal)
             candidates = [options[i].candidates for i in members]
             probed = [rows[i].ids if state.probes_all else rows[i].probed for i in members]
-            scores = self._scores(state, scorer, probed, candidates, batch_size)
+            scores = self._scores(state, scorer, probed, candidates, batch_size, embedded)
             for i, row_scores in zip(members, scores, strict=True):
                 outcomes[i] = scorer.selector.outcome(row_scores, options[i], state.fitted.silent(rows[i].ids))
             last = outcomes[members[-1]]

@@ -6,8 +6,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from logo.prefix_cache import PrefixCache, reusable
 from logo.prompts import Prompts, Truncation
 from logo.scoring import MAX_TOKENS, score_pairs
 from logo.selection.calibration import Calibration
-from logo.selection.encoder import load_encoder
+from logo.selection.encoder import NOTHING, Embedded, load_encoder, read_texts
 from logo.selection.evidence import Kind
 from logo.selection.index import Tell
 from logo.selection.scorer import BaseReader, Scorer
@@ -309,22 +308,20 @@ class LoGo(AnsweringEngine):
                 self.prefix_cache.clear()
         return super()._put(state)
 
-    @contextmanager
-    def reading_ahead(self, rows: Sequence[Prompt], options: Sequence[Options]) -> Iterator[None]:
-        """Has the text encoder, if there is one, read prompts at once, for which the base model is not needed. Within
-        the block and in this thread, `outcomes` of them need the base model alone. Arguments as there; errors as
-        `logo.selection.encoder.embed`."""
+    def embedded(self, rows: Sequence[Prompt], options: Sequence[Options]) -> Embedded:
+        """What the text encoder reads of prompts, all of them together; nothing if there is no encoder. With it,
+        `outcomes` needs the base model alone. Arguments as there; errors as `logo.selection.encoder.embed`."""
+        encoder = self.settings.encoder
+        if encoder is None:
+            return NOTHING
         state = self._current()
-        probed: dict[str, list[Sequence[int]]] = {}
+        texts = []
         for row, call in zip(rows, options, strict=True):
-            probed.setdefault(call.signal, []).append(row.ids if state.probes_all else row.probed)
-        with ExitStack() as read:
-            for signal, ids in probed.items():
-                scorer = self._scorer(state, signal)
-                if scorer.examples.encoded is not None:
-                    windows = [windowed(row, scorer.signal.window) for row in ids]
-                    read.enter_context(scorer.examples.encoded.reading_ahead(windows))
-            yield
+            scorer = self._scorer(state, call.signal)
+            if scorer.examples.encoded is not None:
+                probed = row.ids if state.probes_all else row.probed
+                texts.append(self.prompts.text_of(windowed(probed, scorer.signal.window)))
+        return read_texts(texts, encoder)
 
     # -- how scores and answers are computed -----------------------------------------------------------------------
 
@@ -335,6 +332,7 @@ class LoGo(AnsweringEngine):
         probed: Sequence[Sequence[int]],
         candidates: Sequence[Collection[str] | None],
         batch_size: int,
+        embedded: Embedded,
     ) -> Tensor:
         pool = state.fitted
         active: Sequence[str] = () if self.probe_context == "base" else pool.names
@@ -347,7 +345,7 @@ class LoGo(AnsweringEngine):
         scores = torch.empty(len(probed), len(scorer.selector.names), dtype=torch.float32)
         for batch in batches_by_length(lengths, batch_size, padded=not self._alike, tokens=MAX_TOKENS):
             with self._mixer.active(pool, [mixture]), self._exact():
-                scores[batch] = scorer([probed[i] for i in batch], [candidates[i] for i in batch])
+                scores[batch] = scorer([probed[i] for i in batch], [candidates[i] for i in batch], embedded)
         return scores
 
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:

@@ -15,11 +15,10 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,8 +37,10 @@ _BATCH = 64
 _LORA_RETRIEVER = "Styxxxx/lora_retriever"  # LoraRetriever's own, an INSTRUCTOR model by another name
 _OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "tf_model*", "flax_model*", "rust_model*"]
 _turns = threading.Lock()  # tokenizers refuse a second thread
-# What was read ahead: a model and a text -> its vector (d,).
-_ahead: ContextVar[Mapping[tuple[str, str], Tensor]] = ContextVar("ahead", default={})  # noqa: B039
+
+# A text -> its vector (d,), as an encoder has read it.
+Embedded = Mapping[str, Tensor]
+NOTHING: Embedded = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -80,27 +81,24 @@ class EncodedExamples:
         centres = normalize(torch.stack([vectors.mean(dim=0) for vectors in own]), dim=1)
         return cls(model, text_of, centres, known, spread_of(usual[None]))
 
-    def similarities(self, rows: Sequence[Sequence[int]]) -> Similarities:
-        """`e` of token ids that were cut to the window; errors as `embed`."""
+    def similarities(self, rows: Sequence[Sequence[int]], embedded: Embedded = NOTHING) -> Similarities:
+        """`e` of token ids that were cut to the window; errors as `embed`.
+
+        Args:
+            embedded: texts that this encoder has read already, as by `read_texts`; others are read now.
+        """
         texts = [self.text_of(row) for row in rows]
-        ahead = _ahead.get()
-        if all((self.model, text) in ahead for text in texts):
-            vectors = torch.stack([ahead[self.model, text] for text in texts])
-        else:
-            vectors = embed(texts, self.model)
+        unread = [text for text in texts if text not in embedded]
+        if unread:
+            embedded = {**embedded, **read_texts(unread, self.model)}
+        vectors = torch.stack([embedded[text] for text in texts])
         return Similarities(vectors @ self.centres.T / self.spread, self.known)
 
-    @contextmanager
-    def reading_ahead(self, rows: Sequence[Sequence[int]]) -> Iterator[None]:
-        """Reads rows at once; within the block and in this thread, `similarities` has nothing left to read of them."""
-        texts = [self.text_of(row) for row in rows]
-        vectors = embed(texts, self.model)
-        read = {(self.model, text): vector for text, vector in zip(texts, vectors, strict=True)}
-        before = _ahead.set({**_ahead.get(), **read})
-        try:
-            yield
-        finally:
-            _ahead.reset(before)
+
+def read_texts(texts: Sequence[str], model: str) -> Embedded:
+    """What an encoder reads of texts, all of them together; errors as `embed`."""
+    distinct = list(dict.fromkeys(texts))
+    return dict(zip(distinct, embed(distinct, model), strict=True)) if distinct else NOTHING
 
 
 def _stored(model: str, groups: Sequence[Sequence[str]], store: Store) -> list[Tensor]:

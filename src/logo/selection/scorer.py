@@ -20,7 +20,7 @@ from logo.files import Store, cache_folder
 from logo.models import input_device, padded
 from logo.prefix_cache import PrefixCache
 from logo.selection.calibration import Calibration, Reading, TextRunner, calibrate, read_texts, whitenings
-from logo.selection.encoder import EncodedExamples
+from logo.selection.encoder import NOTHING, Embedded, EncodedExamples
 from logo.selection.evidence import KINDS, Kind, Similarities, together
 from logo.selection.examples import Examples, examples_of
 from logo.selection.index import IndexRequest, Place, ScoringIndex, Tell, read_indices, side_by_side
@@ -344,12 +344,18 @@ class Scorer:
         scores: list[float] = self.score_responses([responses[None]], [], torch.tensor([tokens]))[0].tolist()
         return scores
 
-    def __call__(self, rows: Sequence[Sequence[int]], among: Sequence[Collection[str] | None] = ()) -> Tensor:
+    def __call__(
+        self,
+        rows: Sequence[Sequence[int]],
+        among: Sequence[Collection[str] | None] = (),
+        embedded: Embedded = NOTHING,
+    ) -> Tensor:
         """Scores (rows, adapters), float32 on the CPU, of prompts as token ids; each is cut to the window here.
 
         Args:
             among: the names of the adapters that may be selected in each row (None: all of them), whose scores are
                 right; those of others may not be. Empty: all in every row.
+            embedded: what the text encoder has read already of these prompts, by the text of their windows.
         """
         signal = self.signal
         # Plugins may need gradients of their own, and pages that are kept must not be inference tensors.
@@ -357,7 +363,7 @@ class Scorer:
         with torch.no_grad() if outlive else torch.inference_mode():
             most = math.inf if signal.window == WHOLE else sum(signal.window)
             rows = [row if len(row) <= most else windowed(row, signal.window) for row in rows]
-            encoded = None if self.examples.encoded is None else self.examples.encoded.similarities(rows)
+            encoded = None if self.examples.encoded is None else self.examples.encoded.similarities(rows, embedded)
             if not self.probe.points:  # the text encoder alone
                 return self.score_responses([], [], torch.tensor([len(row) for row in rows]), among, encoded)
             hidden, owners = self._hidden(rows)

@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from logo.endings import at_stop_strings
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.mixer import Mixture
+from logo.selection.encoder import Embedded
 from logo.selection.selector import checked_name, forced
 from logo.serve.batching import Batching
 from logo.serve.loading import Loading
@@ -148,13 +149,13 @@ class Service:
         began = time.perf_counter()
         if any(waiting.request.adapters is None for waiting, _ in batch):
             try:
-                # Generation goes on while a text encoder reads.
-                with self._read_ahead(batch), self.batching.paused():
+                embedded = self._embedded(batch)  # generation goes on while a text encoder reads
+                with self.batching.paused():
                     if self.logo.settings.encoder is None:
                         # Prompts that came while the step before this pause was computed share its probe.
                         batch += self._taken(_PROBED - len(batch))
                     began = time.perf_counter()
-                    selections = self._probed(batch)
+                    selections = self._probed(batch, embedded)
             except Exception as error:  # generation cannot be paused, since it has ended; or the encoder fails
                 selections = {waiting: error for waiting, _ in batch}
         probe_ms = 1e3 * (time.perf_counter() - began)
@@ -179,28 +180,32 @@ class Service:
                 raise model_not_found(name)
         return forced(weights, self.logo.fitted, options.candidates)
 
-    def _read_ahead(self, batch: Sequence[tuple[_WaitingPrompt, Options]]) -> AbstractContextManager[None]:
-        """Has a text encoder read the prompts that are to be probed, for the probe within the block."""
-        probed = [(waiting.prompt, options) for waiting, options in batch if waiting.request.adapters is None]
-        return self.logo.reading_ahead([prompt for prompt, _ in probed], [options for _, options in probed])
+    def _embedded(self, batch: Sequence[tuple[_WaitingPrompt, Options]]) -> Embedded:
+        """What a text encoder reads of the prompts that are to be probed."""
+        probed = _to_probe(batch)
+        return self.logo.embedded([waiting.prompt for waiting, _ in probed], [options for _, options in probed])
 
-    def _probed(self, batch: Sequence[tuple[_WaitingPrompt, Options]]) -> dict[_WaitingPrompt, Selection | Exception]:
+    def _probed(
+        self, batch: Sequence[tuple[_WaitingPrompt, Options]], embedded: Embedded
+    ) -> dict[_WaitingPrompt, Selection | Exception]:
         """The selection of each prompt that is to be probed, or its error. Generation is paused meanwhile."""
-        probed = [(waiting, options) for waiting, options in batch if waiting.request.adapters is None]
+        probed = _to_probe(batch)
         prompts = [waiting.prompt for waiting, _ in probed]
-        outcomes = self._outcomes(prompts, [options for _, options in probed])
+        outcomes = self._outcomes(prompts, [options for _, options in probed], embedded)
         return {waiting: outcome for (waiting, _), outcome in zip(probed, outcomes, strict=True)}
 
-    def _outcomes(self, prompts: list[Prompt], options: list[Options]) -> list[Selection | Exception]:
+    def _outcomes(
+        self, prompts: Sequence[Prompt], options: Sequence[Options], embedded: Embedded
+    ) -> list[Selection | Exception]:
         try:
-            return [*self.logo.outcomes(prompts, options, _PROBED)]
+            return [*self.logo.outcomes(prompts, options, _PROBED, embedded)]
         except Exception as error:
             if len(prompts) == 1:
                 return [error]
         # One prompt that cannot be scored must not make the others fail, so each is scored alone.
         outcomes: list[Selection | Exception] = []
         for prompt, options_of_prompt in zip(prompts, options, strict=True):
-            outcomes += self._outcomes([prompt], [options_of_prompt])
+            outcomes += self._outcomes([prompt], [options_of_prompt], embedded)
         return outcomes
 
     def _held(self, chosen: Chosen, ids: Sequence[int]) -> HeldMixture:
@@ -288,6 +293,11 @@ class Service:
             else:
                 scoring.append(signal)
         return prepared, tuple(scoring)
+
+
+def _to_probe(batch: Sequence[tuple[_WaitingPrompt, Options]]) -> list[tuple[_WaitingPrompt, Options]]:
+    """The prompts whose mixtures no request names."""
+    return [(waiting, options) for waiting, options in batch if waiting.request.adapters is None]
 
 
 @contextmanager

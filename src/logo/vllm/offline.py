@@ -42,7 +42,7 @@ from logo.models import (
 )
 from logo.prompts import Prompts, Truncation
 from logo.scoring import Pair, Scored, checked_nll, continued_rows
-from logo.selection.encoder import load_encoder
+from logo.selection.encoder import Embedded, load_encoder
 from logo.selection.plan import plan
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import SIGNALS
@@ -316,6 +316,7 @@ class VllmLoGo(AnsweringEngine):
         probed: Sequence[Sequence[int]],
         candidates: Sequence[Collection[str] | None],
         batch_size: int,
+        embedded: Embedded,
     ) -> torch.Tensor:
         scores: list[list[float]] = []
         for start in range(0, len(probed), _PROBED):
