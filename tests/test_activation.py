@@ -25,7 +25,7 @@ from logo.adapters.layout import BaseLayout
 from logo.api.names import MixtureRequest
 from logo.errors import AdapterError, PoolError, StorageError, UsageError
 from logo.prefix_cache import PrefixCache, reusable
-from logo.selection import scorer
+from logo.selection import base_reader
 from logo.serve.memory import Memory
 from logo.serve.sampling import Sampling
 from logo.serve.service import Service
@@ -423,7 +423,7 @@ def test_adapters_that_are_active_while_probing_are_read_apart(signal: str, cont
 def test_calibrations_of_other_tokens_are_other_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts end with the invocation of one kind of adapters; which of their tokens count depends on the other kind."""
     some = [words(8 + seed, seed) for seed in range(30)]
-    monkeypatch.setattr(scorer, "NEUTRAL", some[:20])
+    monkeypatch.setattr(base_reader, "NEUTRAL", some[:20])
     model = tiny.model("llama")
     folder = pool_of(tmp_path / "pool", model, alora_invocation_tokens=INVOKE)
     edit_config(folder / "t1", alora_invocation_tokens=[9])

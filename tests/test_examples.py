@@ -24,7 +24,7 @@ from logo.evaluation.contest import REMOVED, Contest
 from logo.evaluation.datasets import Dataset
 from logo.evaluation.study import Measurer
 from logo.rows import Row
-from logo.selection import scorer
+from logo.selection import base_reader
 from logo.selection.evidence import RESPONSE, Similarities, together
 from logo.selection.examples import Examples, means_of, whitened
 from logo.selection.selector import EXAMPLES as WITH_EXAMPLES
@@ -217,7 +217,7 @@ def test_a_second_engine_reads_no_example(
 ) -> None:
     told(folder, t0=PROMPTS[0], t2=[PROMPTS[2], PROMPTS[3]])
     first = scores(engine(llama, folder, cache=str(tmp_path / "cache")), *PROMPTS)
-    monkeypatch.setattr(scorer, "read_texts", lambda *_: pytest.fail("the base model reads again"))
+    monkeypatch.setattr(base_reader, "read_texts", lambda *_: pytest.fail("the base model reads again"))
     again = scores(engine(llama, folder, cache=str(tmp_path / "cache")), *PROMPTS)
     torch.testing.assert_close(again, first, atol=1e-5, rtol=0)
 

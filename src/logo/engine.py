@@ -34,11 +34,12 @@ from logo.opening import Preset, opened
 from logo.prefix_cache import PrefixCache, reusable
 from logo.prompts import Prompts, Truncation
 from logo.scoring import MAX_TOKENS, score_pairs
+from logo.selection.base_reader import BaseReader
 from logo.selection.calibration import Calibration
 from logo.selection.encoder import NOTHING, Embedded, load_encoder, read_texts
 from logo.selection.evidence import Kind
 from logo.selection.index import Tell
-from logo.selection.scorer import BaseReader, Scorer
+from logo.selection.scorer import Scorer
 from logo.selection.settings import ProbeContext, SelectionSettings, check_context
 from logo.selection.texts import WHOLE, windowed
 from logo.state import EngineState

@@ -3,174 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from logo.adapters.activation import earliest
 from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.errors import UsageError
-from logo.files import Store, cache_folder
 from logo.models import input_device, padded
 from logo.prefix_cache import PrefixCache
-from logo.selection.calibration import Calibration, Reading, TextRunner, calibrate, read_texts, whitenings
-from logo.selection.encoder import NOTHING, Embedded, EncodedExamples
-from logo.selection.evidence import KINDS, Kind, Similarities, together
-from logo.selection.examples import Examples, examples_of
-from logo.selection.index import IndexRequest, Place, ScoringIndex, Tell, read_indices, side_by_side
-from logo.selection.plan import described_points, plan
+from logo.selection.base_reader import Background, BaseReader, ExamplesRead
+from logo.selection.calibration import Calibration, Reading
+from logo.selection.encoder import NOTHING, Embedded
+from logo.selection.evidence import Kind, Similarities, together
+from logo.selection.index import Place, ScoringIndex, Tell, side_by_side
+from logo.selection.plan import plan
 from logo.selection.points import Point
 from logo.selection.probe import Probe, pick
 from logo.selection.reference import LATE_WEIGHT, Reference, both_means, emphasis, factors, finished, row_means
 from logo.selection.selector import EXAMPLES, RESPONSES, Selector, relative_sizes
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
-from logo.selection.texts import EVERYDAY, NEUTRAL, REQUESTS, WHOLE, Texts, windowed
-from logo.selection.whitening import Whitening
-
-# Texts, the tokens with which each has to end, and whether the forms of conversations vary -> token ids.
-Encode = Callable[[Sequence[str], Sequence[int], bool], list[list[int]]]
+from logo.selection.texts import WHOLE, windowed
 
 # Responses whose logarithms differ less over all texts are rounding errors.
 _CONSTANT = 1e-4
-
-
-@dataclass(frozen=True)
-class BaseReader:
-    """What reads the texts of calibrations and the prompts of one base model.
-
-    Attributes:
-        model: the base model; with `run`, it may be a skeleton on the meta device.
-        encode: as prompts are encoded (`logo.prompts.Prompts.texts`).
-        run: runs texts; None: `model` itself does. If it raises, what was read before is in the store, and
-            `Scorer.open` may be called again with the same one.
-        device: where scores are computed; None: on the device of the hidden vectors.
-        store: where calibrations are; None: that of an earlier scorer, or a new one in the folder of the settings.
-        prefix_cache: for a pool whose adapters act only from a position on (`AdapterPool.read_once`); None: such a
-            pool is probed like any other, but its prompts are read whole.
-        text_of: the text of token ids, which a text encoder reads; None: no text encoder is used here.
-    """
-
-    model: nn.Module
-    encode: Encode
-    run: TextRunner | None = None
-    device: torch.device | None = None
-    store: Store | None = None
-    prefix_cache: PrefixCache | None = None
-    text_of: Callable[[Sequence[int]], str] | None = None
-
-    @property
-    def runner(self) -> TextRunner:
-        """What runs texts."""
-        return self.run or partial(read_texts, self.model)
-
-    def encoded(self, signal: Signal, texts: Sequence[str], *, varied: bool = False) -> list[list[int]]:
-        """The token ids of texts as a signal reads them, cut to its window; `varied` as in `Prompts.texts`."""
-        ending = next((activation.tokens for activation in signal.activations if activation.tokens), ())
-        return [list(windowed(row, signal.window)) for row in self.encode(texts, ending, varied)]
-
-    def device_at(self, point: Point) -> torch.device:
-        """Where scores of a point are computed; of a model that is offloaded or a skeleton, on the CPU."""
-        layer = self.model.get_submodule(point.layer_path)
-        device = self.device or next(layer.parameters()).device
-        return torch.device("cpu") if device.type == "meta" else device
-
-    def reading(self, signal: Signal, settings: SelectionSettings, before: Scorer | None) -> Reading:
-        """What is read for the calibration of a signal; the texts of an earlier scorer, if it has the same signal."""
-        earlier = None if before is None else before.reading
-        store = self.store or (Store(cache_folder(settings.cache)) if earlier is None else earlier.store)
-        if before is not None and earlier is not None and before.signal == signal:
-            return replace(earlier, model=self.model, store=store)
-        requests: list[list[int]] = []
-        if signal.chosen:
-            requests = self.encoded(signal, settings.calibration_prompts or REQUESTS)
-        neutral = self.encoded(signal, NEUTRAL, varied=True)
-        return Reading.of(self.model, signal, Texts(neutral, requests), store)
-
-    def examples(self, reading: Reading, settings: SelectionSettings, adapters: Sequence[Adapter]) -> ExamplesRead:
-        """What is known of the example prompts of adapters."""
-        points = described_points(self.model, settings, reading.signal)
-        if not points or not any(adapter.examples for adapter in adapters):
-            return ExamplesRead()
-        rows = self._example_rows(reading.signal, adapters)
-        ordinary = self._ordinary(reading.signal)
-        described = examples_of(reading, ordinary, rows, points, self.device_at(points[0]), self.runner)
-        encoded = self.encoded_examples(reading.signal, settings, adapters, reading.store)
-        return ExamplesRead(points, described, encoded)
-
-    def encoded_examples(
-        self, signal: Signal, settings: SelectionSettings, adapters: Sequence[Adapter], store: Store
-    ) -> EncodedExamples | None:
-        """The example prompts of adapters as the text encoder of the settings reads them, which the store keeps; None
-        if there is no encoder, or if the signal or the settings use no examples."""
-        if settings.encoder is None or self.text_of is None or not described_points(self.model, settings, signal):
-            return None
-        rows = self._example_rows(signal, adapters)
-        return EncodedExamples.of(settings.encoder, self.text_of, rows, self._ordinary(signal), store)
-
-    def _ordinary(self, signal: Signal) -> list[list[int]]:
-        """The texts with which those of adapters are compared."""
-        return [*self.encoded(signal, NEUTRAL, varied=True), *self.encoded(signal, EVERYDAY)]
-
-    def _example_rows(self, signal: Signal, adapters: Sequence[Adapter]) -> list[list[list[int]]]:
-        return [self.encoded(signal, adapter.examples) if adapter.examples else [] for adapter in adapters]
-
-    def index_requests(
-        self,
-        adapters: Sequence[Adapter],
-        points: Sequence[Point],
-        spaces: Mapping[str, Whitening],
-        earlier: Sequence[ScoringIndex],
-    ) -> list[IndexRequest]:
-        """The indices of points that are to be read, each of the adapters that touch it.
-
-        Args:
-            spaces: the whitenings by modules of points.
-            earlier: indices of the same signal, for an earlier state of the pool.
-        """
-        before = {index.point: index for index in earlier}
-        return [
-            IndexRequest(
-                adapters=[adapter for adapter in adapters if point.module in adapter.modules],
-                point=point,
-                device=self.device_at(point),
-                whitening=spaces.get(point.module),
-                before=before.get(point),
-            )
-            for point in points
-        ]
-
-
-@dataclass(frozen=True)
-class ExamplesRead:
-    """What is known of the example prompts of a pool, if its adapters have some and they are used.
-
-    Attributes:
-        points: where prompts are described, to be compared with the examples.
-        described: as the base model reads them.
-        encoded: as a text encoder reads them, if there is one.
-    """
-
-    points: tuple[Point, ...] = ()
-    described: Examples | None = None
-    encoded: EncodedExamples | None = None
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of evidence that there are beside responses."""
-        there = {"examples": self.described, "encoder": self.encoded}
-        return tuple(kind for kind in KINDS if there.get(kind) is not None)
-
-    def only(self, kinds: Collection[Kind]) -> ExamplesRead:
-        """What is known by these kinds of evidence."""
-        encoded = self.encoded if "encoder" in kinds else None
-        return replace(self, encoded=encoded) if "examples" in kinds else ExamplesRead(encoded=encoded)
 
 
 @dataclass(frozen=True)
@@ -228,42 +91,27 @@ class Scorer:
         planned = plan(base.model, pool, settings, signal)
         if tell is not None:
             tell(0, len(planned.adapters))
-        points = planned.points
-        reading: Reading | None = None
-        calibration: Calibration | None = None
-        examples = ExamplesRead()
-        spaces: Mapping[str, Whitening] = {}
-        if signal_read.scale != "raw":
-            reading = base.reading(signal_read, settings, before)
-            calibration = calibrate(reading, planned, base.runner)
-            points = calibration.points
-            spaces = whitenings(reading, points, base.runner)
-            examples = base.examples(reading, settings, planned.adapters)
-            reading.store.release(reading.key)
-        earlier = before.indices if before is not None and before.signal == signal_read else ()
-        requests = base.index_requests(planned.adapters, points, spaces, earlier)
-        if reading is None:
-            indices = read_indices(requests, tell)
-        else:
-            indices = read_indices(requests, tell, reading.store, f"{reading.key}/rows")
-        places = [Place(number, index) for number, index in enumerate(indices)]
-        if signal_read.plugin is None and len(indices) > 1:  # signals of others may need whole responses
-            indices, places = side_by_side(indices)
+        earlier_reading = None if before is None else before.reading
+        background = base.background(signal_read, planned, settings, earlier_reading)
+        earlier_indices = before.indices if before is not None and before.signal == signal_read else ()
+        indices = base.indices(planned.adapters, background, earlier_indices, tell)
+        indices, places = _placed(indices, signal_read)
         prefix_cache = base.prefix_cache if signal_read.activations else None
+        probe = Probe(
+            model=base.model,
+            points=(*background.points, *background.examples.points),
+            read=signal_read.input,
+            run=None if prefix_cache is None else prefix_cache.forward,
+        )
         return cls(
             signal=signal_read,
             indices=tuple(indices),
             places=tuple(places),
-            probe=Probe(
-                model=base.model,
-                points=(*points, *examples.points),
-                read=signal_read.input,
-                run=None if prefix_cache is None else prefix_cache.forward,
-            ),
-            calibration=calibration,
-            examples=examples,
-            selector=_selector(pool, planned.adapters, indices, calibration, examples),
-            reading=reading,
+            probe=probe,
+            calibration=background.calibration,
+            examples=background.examples,
+            selector=_selector(pool, planned.adapters, indices, background),
+            reading=background.reading,
             prefix_cache=prefix_cache,
         )
 
@@ -441,18 +289,23 @@ class Scorer:
         return scores
 
 
+def _placed(indices: list[ScoringIndex], signal: Signal) -> tuple[list[ScoringIndex], list[Place]]:
+    """The indices of points, and the same rows in as few indices as the signal can score."""
+    # A plugin's signal may need whole responses, which an index of several points does not have.
+    if signal.plugin is None and len(indices) > 1:
+        return side_by_side(indices)
+    return indices, [Place(number, index) for number, index in enumerate(indices)]
+
+
 def _selector(
-    pool: AdapterPool,
-    adapters: Sequence[Adapter],
-    indices: Sequence[ScoringIndex],
-    calibration: Calibration | None,
-    examples: ExamplesRead,
+    pool: AdapterPool, adapters: Sequence[Adapter], indices: Sequence[ScoringIndex], background: Background
 ) -> Selector:
     """The selector of the adapters of a pool that are scored; without a calibration, scores have no scale."""
     names = tuple(adapter.name for adapter in adapters)
+    calibration = background.calibration
     if calibration is None:
         return Selector(names, pool.default_k, None)
     touched = torch.tensor([[point.module in adapter.modules for point in calibration.points] for adapter in adapters])
     sizes = relative_sizes([index.updates for index in indices], calibration.weight_norms, touched).tolist()
-    evidence = RESPONSES if examples.described is None else EXAMPLES
+    evidence = RESPONSES if background.examples.described is None else EXAMPLES
     return Selector(names, pool.default_k, evidence, dict(zip(names, sizes, strict=True)))

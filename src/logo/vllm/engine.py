@@ -20,8 +20,8 @@ from logo.adapters.pool import AdapterPool
 from logo.core import Options, ProbeText, Prompt, Selection
 from logo.errors import LoGoError, ModelError, NotFinite, PoolError, UsageError
 from logo.files import Store, cache_folder
+from logo.selection.base_reader import BaseReader
 from logo.selection.encoder import load_encoder
-from logo.selection.scorer import BaseReader
 from logo.selection.selector import Evidence, Selector
 from logo.selection.signals import Signal
 from logo.selection.texts import windowed

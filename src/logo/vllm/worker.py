@@ -23,10 +23,11 @@ from logo.adapters.pool import AdapterPool
 from logo.errors import AdapterError, LoGoError, ModelError, UsageError
 from logo.files import Store, cache_folder
 from logo.prompts import Prompts
+from logo.selection.base_reader import BaseReader
 from logo.selection.calibration import HiddenVectors
 from logo.selection.plan import described_points, plan
 from logo.selection.points import Point
-from logo.selection.scorer import BaseReader, Scorer
+from logo.selection.scorer import Scorer
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.vllm.blocks import clear, clearing
