@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from logo.cli.app import run
 from logo.errors import NotFinite, Unsure
 from logo.selection import calibration
 from logo.selection.reference import USUAL
-from logo.selection.texts import NEUTRAL, REQUESTS, windowed
+from logo.selection.signals import get_signal
+from logo.selection.texts import NEUTRAL, REQUESTS
 from logo.selection.whitening import Whitening
 from make_adapters import everyones_folder, lock
 from test_engine import write_adapter
@@ -327,12 +329,13 @@ def folder(llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(st.lists(st.integers(), max_size=40), st.integers(0, 12), st.integers(0, 12))
 def test_a_window_is_the_beginning_and_the_end(ids: list[int], head: int, tail: int) -> None:
-    found = list(windowed(ids, (head, tail)))
+    signal = get_signal("calibrated")
+    found = list(replace(signal, window=(head, tail)).windowed(ids))
     if len(ids) <= head + tail:
         assert found == ids
     else:
         assert found == ids[:head] + ids[len(ids) - tail :]
-    assert list(windowed(ids, "whole")) == ids
+    assert list(replace(signal, window="whole").windowed(ids)) == ids
 
 
 @pytest.mark.parametrize("signal", ["calibrated", "norm"])

@@ -41,7 +41,6 @@ from logo.selection.evidence import Kind
 from logo.selection.index import Tell
 from logo.selection.scorer import Scorer
 from logo.selection.settings import ProbeContext, SelectionSettings, check_context
-from logo.selection.texts import WHOLE, windowed
 from logo.state import EngineState
 
 if TYPE_CHECKING:
@@ -321,7 +320,7 @@ class LoGo(AnsweringEngine):
             scorer = self._scorer(state, call.signal)
             if scorer.examples.encoded is not None:
                 probed = row.ids if state.probes_all else row.probed
-                texts.append(self.prompts.text_of(windowed(probed, scorer.signal.window)))
+                texts.append(self.prompts.text_of(scorer.signal.windowed(probed)))
         return read_texts(texts, encoder)
 
     # -- how scores and answers are computed -----------------------------------------------------------------------
@@ -341,12 +340,12 @@ class LoGo(AnsweringEngine):
         if self.probe_context == "carry" and carried is not None:
             active = [name for name in carried if name in pool]
         mixture = Mixture(dict.fromkeys(active, 1.0))
-        window = scorer.signal.window
-        lengths = [len(ids) if window == WHOLE else min(len(ids), sum(window)) for ids in probed]
-        scores = torch.empty(len(probed), len(scorer.selector.names), dtype=torch.float32)
+        windows = [scorer.signal.windowed(ids) for ids in probed]
+        lengths = [len(window) for window in windows]
+        scores = torch.empty(len(windows), len(scorer.selector.names), dtype=torch.float32)
         for batch in batches_by_length(lengths, batch_size, padded=not self._alike, tokens=MAX_TOKENS):
             with self._mixer.active(pool, [mixture]), self._exact():
-                scores[batch] = scorer([probed[i] for i in batch], [candidates[i] for i in batch], embedded)
+                scores[batch] = scorer([windows[i] for i in batch], [candidates[i] for i in batch], embedded)
         return scores
 
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:

@@ -24,7 +24,7 @@ from logo.selection.plan import Plan, described_points
 from logo.selection.points import Point
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
-from logo.selection.texts import EVERYDAY, NEUTRAL, REQUESTS, Texts, windowed
+from logo.selection.texts import EVERYDAY, NEUTRAL, REQUESTS, Texts
 from logo.selection.whitening import Whitening
 
 # Texts, the tokens with which each has to end, and whether the forms of conversations vary -> token ids.
@@ -63,7 +63,7 @@ class BaseReader:
     def encoded(self, signal: Signal, texts: Sequence[str], *, varied: bool = False) -> list[list[int]]:
         """The token ids of texts as a signal reads them, cut to its window; `varied` as in `Prompts.texts`."""
         ending = next((activation.tokens for activation in signal.activations if activation.tokens), ())
-        return [list(windowed(row, signal.window)) for row in self.encode(texts, ending, varied)]
+        return [list(signal.windowed(row)) for row in self.encode(texts, ending, varied)]
 
     def device_at(self, point: Point) -> torch.device:
         """Where scores of a point are computed; of a model that is offloaded or a skeleton, on the CPU."""

@@ -310,14 +310,13 @@ def _read_batch(probe: Probe, rows: Sequence[Sequence[int]], signal: Signal) -> 
     device = input_device(probe.model)
     ids, mask = padded(rows, device)
     width = ids.shape[1]
-    tail = signal.token == "tail"  # of which adapters are compared, and all are described
-    begins = [int(len(row) > 1) if tail else signal.begin(row) for row in rows]
-    picked, owners = pick(begins, list(map(len, rows)), width)
+    picked, owners = pick(list(map(signal.begin_of_text, rows)), list(map(len, rows)), width)
     hidden = probe(ids, mask, picked.to(device))
     acted = None
-    if tail:
-        acts = torch.tensor([earliest(signal.activations, row) for row in rows])
-        acted = picked % width >= acts[owners]
+    if signal.token == "tail":
+        first_acted = torch.tensor([earliest(signal.activations, row) for row in rows])
+        positions = picked % width
+        acted = positions >= first_acted[owners]
     return [HiddenVectors(vectors, owners, acted) for vectors in hidden]
 
 

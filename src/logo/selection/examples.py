@@ -103,14 +103,17 @@ def _wordings(units: Tensor) -> list[Tensor]:
     """Groups of examples (examples,) bool: all and, if they are worded in several ways, clusters of them. `units`
     (examples, d), whose products are similarities."""
     count = len(units)
-    similarities = units @ units.mT
     groups = [torch.ones(count, dtype=torch.bool)]
-    alike = count < 2 or not (similarities.sum() - similarities.trace()) / (count * (count - 1)) < _ONE_WORDING
-    if alike:
+    if count < 2:
         return groups
-    seeds = [0]  # then the example that is least like all before
+    similarities = units @ units.mT
+    to_others = (similarities.sum() - similarities.trace()) / (count * (count - 1))
+    if to_others >= _ONE_WORDING:
+        return groups
+    seeds = [0]
     while len(seeds) < min(WORDINGS, count):
-        seeds.append(int(similarities[seeds].amax(dim=0).argmin()))
+        likeness = similarities[seeds].amax(dim=0)  # (examples,), of each to the seed that is most like it
+        seeds.append(int(likeness.argmin()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # equal examples may leave a cluster empty
         _, labels = kmeans2(units.numpy(), units[seeds].numpy(), minit="matrix")

@@ -71,7 +71,8 @@ def emphasis(owners: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     weights: list[list[float]] = []
     next_weights: dict[int, float] = {}  # of the late mean, by row
     for row in reversed(owners.tolist()):  # in Python, since rows are windows of few tokens
-        late = next_weights[row] = next_weights.get(row, 1 / FADING) * FADING
+        late = next_weights[row] * FADING if row in next_weights else 1.0
+        next_weights[row] = late
         weights.append([1.0, late])
     stacked = torch.tensor(weights[::-1], dtype=torch.float32).view(-1, 2)
     return stacked, row_sums(stacked, owners, rows)

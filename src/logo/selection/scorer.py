@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,7 +29,6 @@ from logo.selection.reference import LATE_WEIGHT, Reference, both_means, emphasi
 from logo.selection.selector import EXAMPLES, RESPONSES, Selector, relative_sizes
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
-from logo.selection.texts import WHOLE, windowed
 
 # Responses whose logarithms differ less over all texts are rounding errors.
 _CONSTANT = 1e-4
@@ -126,11 +124,12 @@ class Scorer:
             if kind not in there:
                 raise UsageError(f"evidence {kind!r}: {self._why_lacking(kind)}")
         responses = "responses" in kinds
+        scored_points = self.points[: self.described.start] if responses else ()
         examples = self.examples.only(kinds)
         evidence = EXAMPLES if examples.kinds else RESPONSES
         return replace(
             self,
-            probe=self.probe.at((*(self.points[: self.described.start] if responses else ()), *examples.points)),
+            probe=self.probe.at((*scored_points, *examples.points)),
             examples=examples,
             selector=replace(self.selector, evidence=evidence),
             responses=responses,
@@ -157,10 +156,15 @@ class Scorer:
     @cached_property
     def _cells(self) -> Tensor:
         """(responses,): where each response of `per_point` belongs in the flattened (adapters, readings)."""
-        columns = [index.adapters for index in self.indices] * self.signal.readings
-        starts = {name: number * len(columns) for number, name in enumerate(self.selector.names)}
+        adapters_of_readings = [index.adapters for index in self.indices] * self.signal.readings
+        readings = len(adapters_of_readings)
+        first_cells = {name: number * readings for number, name in enumerate(self.selector.names)}
         return torch.tensor(
-            [starts[adapter.name] + column for column, adapters in enumerate(columns) for adapter in adapters]
+            [
+                first_cells[adapter.name] + reading
+                for reading, adapters in enumerate(adapters_of_readings)
+                for adapter in adapters
+            ]
         )
 
     @cached_property
@@ -198,19 +202,17 @@ class Scorer:
         among: Sequence[Collection[str] | None] = (),
         embedded: Embedded = NOTHING,
     ) -> Tensor:
-        """Scores (rows, adapters), float32 on the CPU, of prompts as token ids; each is cut to the window here.
+        """Scores (rows, adapters), float32 on the CPU, of prompts as token ids, cut to the signal's window.
 
         Args:
             among: the names of the adapters that may be selected in each row (None: all of them), whose scores are
                 right; those of others may not be. Empty: all in every row.
-            embedded: what the text encoder has read already of these prompts, by the text of their windows.
+            embedded: what the text encoder has read already of these prompts, by their texts.
         """
         signal = self.signal
         # Plugins may need gradients of their own, and pages that are kept must not be inference tensors.
         outlive = signal.plugin is not None or self.prefix_cache is not None
         with torch.no_grad() if outlive else torch.inference_mode():
-            most = math.inf if signal.window == WHOLE else sum(signal.window)
-            rows = [row if len(row) <= most else windowed(row, signal.window) for row in rows]
             encoded = None if self.examples.encoded is None else self.examples.encoded.similarities(rows, embedded)
             if not self.probe.points:  # the text encoder alone
                 return self.score_responses([], [], torch.tensor([len(row) for row in rows]), among, encoded)
@@ -223,7 +225,8 @@ class Scorer:
                 responses = [signal(place.index, hidden[place.first]).to(device) for place in self.places]
                 response_means = both_means(torch.cat(responses, dim=1), owners, weights, sums)[:, : signal.readings]
                 per_point = [finished(response_means.flatten(1), signal.scale)]
-            return self.score_responses(per_point, descriptions, sums[:, 0], among, encoded)
+            tokens = sums[:, 0]  # each has weight 1 in the even mean
+            return self.score_responses(per_point, descriptions, tokens, among, encoded)
 
     def _hidden(self, rows: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor]:
         """The hidden vectors (vectors, d) of prompts at each point, and which row each vector is of (vectors,)."""
@@ -276,12 +279,13 @@ class Scorer:
         if not self.responses:
             return together(torch.zeros(len(tokens), len(names)), evidence, selectable)
         responses = torch.cat(list(per_point), dim=1).cpu().T  # (responses, rows)
-        columns = len(self.indices) * self.signal.readings
-        if self._reference is None:  # a response that is not a number has to be seen
-            return row_means(responses, self._cells // columns, len(names)).T
-        by_cell = torch.full((len(names) * columns, responses.shape[1]), torch.nan, dtype=torch.float32)
+        readings = len(self.indices) * self.signal.readings
+        if self._reference is None:  # the means show a response that is not a number, for the selector to refuse
+            return row_means(responses, self._cells // readings, len(names)).T
+        by_cell = torch.full((len(names) * readings, responses.shape[1]), torch.nan, dtype=torch.float32)
         by_cell[self._cells] = responses
-        scores = self._reference.compare(by_cell.view(len(names), columns, -1), selectable) / self._usual_spread
+        by_adapter = by_cell.view(len(names), readings, -1)
+        scores = self._reference.compare(by_adapter, selectable) / self._usual_spread
         if evidence:
             return together(scores, evidence, selectable)
         if self.signal.token == "each" and not self.examples.kinds:

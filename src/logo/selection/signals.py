@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Protocol, TypeVar
 
 import torch
@@ -84,10 +85,18 @@ class Signal:
     activations: tuple[Activation, ...] = ()
     plugin: str | None = None
 
-    @property
+    @cached_property
     def readings(self) -> int:
         """How often a point is read: once, or with two kinds of emphasis."""
-        return 1 + (self.late and self.token == "each")
+        return 2 if self.late and self.token == "each" else 1
+
+    def windowed(self, ids: Sequence[int]) -> Sequence[int]:
+        """The first and the last tokens of a text, as many as the window has of each; all of a text that is not
+        longer."""
+        if self.window == WHOLE or len(ids) <= sum(self.window):
+            return ids
+        head, tail = self.window
+        return [*ids[:head], *ids[len(ids) - tail :]]
 
     def begin(self, ids: Sequence[int]) -> int:
         """The position of the first token of a text that is read; all from there on are.
@@ -99,6 +108,11 @@ class Signal:
             return len(ids) - 1
         begin = int(len(ids) > 1)
         return max(begin, earliest(self.activations, ids)) if self.token == "tail" else begin
+
+    def begin_of_text(self, ids: Sequence[int]) -> int:
+        """As `begin`, of a text that the base model reads for a calibration. With `"tail"`, the tokens before those on
+        which adapters act are read, too: a whitening needs more vectors than these few tokens have."""
+        return int(len(ids) > 1) if self.token == "tail" else self.begin(ids)
 
     def __call__(self, index: ScoringIndex, hidden: Tensor) -> Tensor:
         """(n, adapters) for hidden (n, d). Raises PluginError: a signal of others has returned something else, or a

@@ -38,11 +38,3 @@ class Texts:
     def rows(self) -> list[Sequence[int]]:
         """All of them, neutral ones first."""
         return [*self.neutral, *self.requests]
-
-
-def windowed(ids: Sequence[int], window: Window) -> Sequence[int]:
-    """The first and the last tokens of a text, as many as the window has of each; all of a text that is not longer."""
-    if window == WHOLE or len(ids) <= sum(window):
-        return ids
-    head, tail = window
-    return [*ids[:head], *ids[len(ids) - tail :]]

@@ -24,7 +24,6 @@ from logo.selection.base_reader import BaseReader
 from logo.selection.encoder import load_encoder
 from logo.selection.selector import Evidence, Selector
 from logo.selection.signals import Signal
-from logo.selection.texts import windowed
 from logo.vllm import plugin
 from logo.vllm.encoding import Encoding
 from logo.vllm.launch import EXTENSION
@@ -256,7 +255,7 @@ class Engine:
         """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `ProbeRequest`.
         NotFinite: a score overflowed; ModelError: a prompt could not be scored."""
         opened = served.opened[signal]
-        windows = [windowed(row, opened.signal.window) for row in rows]
+        windows = [opened.signal.windowed(row) for row in rows]
         encoded: Sequence[tuple[float, ...] | None] = [None] * len(rows)
         if opened.encoding is not None and not plain:
             encoded = await asyncio.gather(*map(opened.encoding.similarities, windows))

@@ -204,11 +204,9 @@ class Taps:
         if reader is None:
             purpose = f"the signal {probe.signal!r} of this pool" if probe.signal else "a calibration"
             return _PromptReading(span, None, 0, span.start, f"nothing is read for {purpose} here")
-        # Of texts whose tail is scored, what stands before that is read, too.
-        whole = isinstance(reader, TextReader) and reader.signal.token == "tail"
-        first = int(len(span.prompt) > 1) if whole else reader.signal.begin(span.prompt)
+        begin = reader.signal.begin_of_text if isinstance(reader, TextReader) else reader.signal.begin
         missing = f"the model was run without the first {span.start} tokens of the prompt" if span.start else None
-        return _PromptReading(span, reader, first, span.start, missing)
+        return _PromptReading(span, reader, begin(span.prompt), span.start, missing)
 
     def _end_step(self) -> None:
         """Scores the prompts that the last step has completed, and drops them. Prompts fail here if a compiler or a

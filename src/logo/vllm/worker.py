@@ -372,10 +372,12 @@ class Worker:
         if any(place not in row for row in rows for place in places):
             raise _TextsNeeded(TextReader(tuple(points), signal), texts.rows)
         acted = None
-        if signal.token == "tail":  # whether adapters act on each token that is read
-            begins = [earliest(signal.activations, row) for row in texts.rows]
-            pairs = zip(texts.rows, begins, strict=True)
-            acted = torch.cat([torch.arange(int(len(row) > 1), len(row)) >= begin for row, begin in pairs])
+        if signal.token == "tail":
+            acted_by_text = []
+            for row in texts.rows:
+                positions = torch.arange(signal.begin_of_text(row), len(row))
+                acted_by_text.append(positions >= earliest(signal.activations, row))
+            acted = torch.cat(acted_by_text)
         vectors = {}
         for place in dict.fromkeys(places):
             parts = [row[place] for row in rows]
