@@ -26,6 +26,7 @@ from logo.selection import signals
 from logo.selection.points import Point
 from logo.selection.reference import both_means, emphasis
 from logo.vllm import patches
+from logo.vllm.batched import Batched
 from logo.vllm.blocks import clear, clearing, new_blocks
 from logo.vllm.gates import StepGates, gated, turned
 from logo.vllm.options import OPTIONS, POOL, VllmOptions
@@ -246,6 +247,42 @@ def test_slots_follow_from_the_pool() -> None:
     assert (slots_of(pool, 3, grows=True), slots_of(pool, 99, grows=True)) == (64, 99)
     with pytest.raises(UsageError, match="adapter 'add_numbers' has rank 8: pass --max-lora-rank 8 or more"):
         rank_of(pool, 4)
+
+
+# -- calls that are shared --------------------------------------------------------------------------------------------
+
+
+@awaited
+async def test_those_who_wait_share_the_next_call() -> None:
+    """Also its error; whoever has left before is not asked for, and whoever leaves meanwhile takes nobody along."""
+    batches: list[list[int]] = []
+    going = asyncio.Event()
+
+    async def negative(items: list[int]) -> list[int]:
+        batches.append(items)
+        await going.wait()
+        if 5 in items:
+            raise LoGoError("no five")
+        return [-item for item in items]
+
+    batched = Batched(negative)
+
+    async def asked(*items: int) -> list[asyncio.Task[int]]:
+        tasks = [asyncio.create_task(batched(item)) for item in items]
+        for _ in range(3):  # until they wait
+            await asyncio.sleep(0)
+        return tasks
+
+    first, leaves_meanwhile = await asked(1, 2)
+    second, third, left_before = await asked(3, 4, 0)
+    left_before.cancel()
+    leaves_meanwhile.cancel()
+    going.set()
+    assert await asyncio.gather(first, second, third) == [-1, -3, -4]
+    found = await asyncio.gather(*await asked(5, 6), return_exceptions=True)
+    assert [str(error) for error in found] == ["no five"] * 2
+    assert await batched(7) == -7
+    assert batches == [[1, 2], [3, 4], [5, 6], [7]] and left_before.cancelled() and leaves_meanwhile.cancelled()
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from logo.selection.encoder import load_encoder
 from logo.selection.selector import Evidence, Selector
 from logo.selection.signals import Signal
 from logo.vllm import plugin
-from logo.vllm.encoding import Encoding
+from logo.vllm.batched import Batched
 from logo.vllm.launch import EXTENSION
 from logo.vllm.patches import options_of
 from logo.vllm.pool import pool_of, rank_of, scoring_signals
@@ -41,6 +41,8 @@ Rows = Sequence[Sequence[int]]
 Among = Sequence[Collection[str] | None]
 Call = Callable[..., Awaitable[list[dict[str, Any]]]]
 Run = Callable[[Sequence[tuple[Sequence[int], Any, Any]]], Awaitable[list[Any]]]
+# What a text encoder says of a prompt's token ids, cut to the window, for the adapters with example prompts.
+Encoding = Batched[Sequence[int], tuple[float, ...]]
 # How often a prompt is probed that ran in a captured graph, which reads nothing.
 _TRIES = 3
 
@@ -57,7 +59,7 @@ class OpenSignal:
     signal: Signal
     points: tuple[str, ...]
     selector: Selector
-    encoding: Encoding | None = None  # by a text encoder, if there is one
+    encoding: Encoding | None = None  # None: there is no text encoder
     calibration: None = None  # the workers have it
 
 
@@ -113,8 +115,7 @@ class Engine:
         self._changing = asyncio.Lock()
         self._users: Counter[str] = Counter()  # requests in progress, by the digest of their pool
         self._coming = ""  # digest of the pool that is being opened
-        self._waiting: dict[str, asyncio.Future[Any]] = {}  # by key of a probe
-        self._taking: asyncio.Task[None] | None = None
+        self._outcome = Batched(self._outcomes)  # of a probe, by its key
 
     async def open(self, signals: Sequence[str] | None = None) -> None:
         """Calibrates the pool in all workers, for these signals (None: all that the options name and that can score
@@ -162,32 +163,42 @@ class Engine:
         return Served(pool, opened)
 
     async def _open_signal(self, pool: AdapterPool, signal: str) -> OpenSignal:
-        """Opens the scorer of a signal in all workers, which say again and again which texts have to be run for it."""
+        """Opens the scorer of a signal in all workers."""
+        scorer = await self._opened_by_workers(pool, signal)
+        facts = scorer["selector"]
+        evidence = facts["evidence"] and Evidence(**facts["evidence"])
+        selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
+        reading = self.options.settings.reading(pool, signal)
+        encoding = await asyncio.to_thread(self._encoding, pool, selector.names, reading)
+        return OpenSignal(signal, reading, tuple(scorer["points"]), selector, encoding)
+
+    async def _opened_by_workers(self, pool: AdapterPool, signal: str) -> dict[str, Any]:
+        """What `logo.vllm.worker.Worker.signal` says in the end: workers say again and again which texts have to be run
+        before they can open the scorer of a signal."""
         texts: list[list[int]] = []
         keys: list[str] = []
         fresh = False
         while True:
             replies = await self.call("signal", pool.digest, signal, texts, keys, fresh)
-            first = replies[0]
+            first: dict[str, Any] = replies[0]
             # Caches of ranks may differ, and all have to run the same texts together.
-            differ = any((reply["texts"], reply["points"]) != (first["texts"], first["points"]) for reply in replies)
-            if differ and fresh:
-                raise ModelError("vLLM's workers want to read different texts: give all of them the same files")
-            fresh = differ
-            texts = [] if differ else first["texts"]
-            if not texts and not differ:
-                break
-            nothing = [None] * len(texts)
-            keys = await self._probe(pool.digest, "", texts, nothing, nothing) if texts else []
-        facts = first["selector"]
-        evidence = facts["evidence"] and Evidence(**facts["evidence"])
-        selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
-        reading = self.options.settings.reading(pool, signal)
-        encoding = await asyncio.to_thread(self._encoding, pool, selector.names, reading)
-        return OpenSignal(signal, reading, tuple(first["points"]), selector, encoding)
+            if any((reply["texts"], reply["points"]) != (first["texts"], first["points"]) for reply in replies):
+                if fresh:
+                    raise ModelError("vLLM's workers want to read different texts: give all of them the same files")
+                fresh = True
+                texts = []
+                keys = []
+                continue
+            if not first["texts"]:
+                return first
+            fresh = False
+            texts = first["texts"]
+            keys = [uuid.uuid4().hex for _ in texts]
+            await self._probe(texts, [ProbeRequest(key, pool.digest, "") for key in keys])
 
     def _encoding(self, pool: AdapterPool, names: Sequence[str], signal: Signal) -> Encoding | None:
-        """What reads prompts by the text encoder for the adapters that a signal scores; None: nothing does."""
+        """What reads prompts by the text encoder for the adapters that a signal scores, beside the event loop; None:
+        nothing does."""
         settings = self.options.settings
         if settings.encoder is None:
             return None
@@ -195,11 +206,18 @@ class Engine:
         base = BaseReader(self.skeleton, prompts.texts, text_of=prompts.text_of)
         adapters = [pool[name] for name in names]
         examples = base.encoded_examples(signal, settings, adapters, self._store)
-        return None if examples is None else Encoding(examples)
+        if examples is None:
+            return None
+
+        def similarities(rows: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+            return [tuple(values) for values in examples.similarities(rows).values.tolist()]
+
+        return Batched(lambda rows: asyncio.to_thread(similarities, rows))
 
     async def signal(self, served: Served, signal: str) -> Served:
         """The pool with one more signal, which is opened in the workers first."""
-        return replace(served, opened={**served.opened, **(await self._opened(served.pool, [signal])).opened})
+        more = await self._opened(served.pool, [signal])
+        return replace(served, opened={**served.opened, **more.opened})
 
     @asynccontextmanager
     async def using(self) -> AsyncIterator[Served]:
@@ -249,16 +267,17 @@ class Engine:
         rows: Rows,
         among: Among,
         *,
-        plain: bool = False,
+        without_examples: bool = False,
         alone: bool = False,
     ) -> list[list[float]]:
         """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `ProbeRequest`.
         NotFinite: a score overflowed; ModelError: a prompt could not be scored."""
+        digest = served.pool.digest
         opened = served.opened[signal]
         windows = [opened.signal.windowed(row) for row in rows]
         encoded: Sequence[tuple[float, ...] | None] = [None] * len(rows)
-        if opened.encoding is not None and not plain:
-            encoded = await asyncio.gather(*map(opened.encoding.similarities, windows))
+        if opened.encoding is not None and not without_examples:
+            encoded = await asyncio.gather(*map(opened.encoding, windows))
         outcomes: list[Any] = [UNREAD] * len(rows)
         for _ in range(_TRIES):
             unread = [
@@ -266,61 +285,38 @@ class Engine:
             ]
             if not unread:
                 break
-            probed = [windows[i] for i in unread]
-            names = [among[i] for i in unread]
-            similar = [encoded[i] for i in unread]
-            keys = await self._probe(served.pool.digest, signal, probed, names, similar, plain=plain, alone=alone)
-            for i, outcome in zip(unread, await self._take(keys), strict=True):
+            probes = []
+            for i in unread:
+                candidates = among[i]
+                names = None if candidates is None else tuple(sorted(candidates))
+                key = uuid.uuid4().hex
+                probes.append(ProbeRequest(key, digest, signal, names, without_examples, alone, encoded[i]))
+            await self._probe([windows[i] for i in unread], probes)
+            again = await asyncio.gather(*(self._outcome(probe.key) for probe in probes))
+            for i, outcome in zip(unread, again, strict=True):
                 outcomes[i] = outcome
         for outcome in outcomes:
             if isinstance(outcome, str):
                 raise (NotFinite if "finite" in outcome else ModelError)(f"a prompt could not be scored: {outcome}")
         return outcomes
 
-    async def _probe(
-        self,
-        digest: str,
-        signal: str,
-        rows: Rows,
-        among: Among,
-        encoded: Sequence[tuple[float, ...] | None],
-        *,
-        plain: bool = False,
-        alone: bool = False,
-    ) -> list[str]:
-        """Runs prompts as probes, and returns the keys of their results; arguments as `ProbeRequest`."""
+    async def _probe(self, rows: Rows, probes: Sequence[ProbeRequest]) -> None:
+        """Runs prompts as these probes, whose outcomes the workers keep."""
         from vllm import SamplingParams
 
-        probes = []
-        for names, similarities in zip(among, encoded, strict=True):
-            listed = None if names is None else tuple(sorted(names))
-            probes.append(ProbeRequest(uuid.uuid4().hex, digest, signal, listed, plain, alone, similarities))
         # Hidden vectors of tokens whose keys and values come from the cache would not be computed.
         once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True)
         await self.run([(row, once, lora_request(probe)) for row, probe in zip(rows, probes, strict=True)])
-        return [probe.key for probe in probes]
 
-    async def _take(self, keys: Sequence[str]) -> list[Any]:
-        """The outcomes of these probes; callers that wait share one call of the workers."""
-        mine = [self._waiting.setdefault(key, asyncio.get_running_loop().create_future()) for key in keys]
-        if self._taking is None or self._taking.done():
-            self._taking = asyncio.create_task(self._take_all())
-        return list(await asyncio.gather(*mine))
-
-    async def _take_all(self) -> None:
-        while self._waiting:
-            waiting = self._waiting
-            self._waiting = {}
-            try:
-                replies = await self.call("scores", list(waiting))
-            except Exception as error:  # all of these waiters get it; new ones may have come
-                for future in waiting.values():
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for key, future in waiting.items():
-                if not future.done():  # the client may have left
-                    future.set_result(_outcome([reply[key] for reply in replies]))
+    async def _outcomes(self, keys: Sequence[str]) -> list[Any]:
+        """The outcomes of these probes, which the workers have kept until now: the first failure, else the scores of
+        the first worker."""
+        replies = await self.call("scores", list(keys))
+        outcomes = []
+        for key in keys:
+            of_workers = [reply[key] for reply in replies]
+            outcomes.append(next((outcome for outcome in of_workers if isinstance(outcome, str)), of_workers[0]))
+        return outcomes
 
     def mix(self, served: Served, selection: Selection, prompt: int | None = None) -> Mix:
         """The mixture of a selection, with the adapters of the pool that it was made from; `prompt`: the number of
@@ -339,8 +335,3 @@ class Engine:
         """Yields vLLM's `LoRARequest` of each mixture (None: the base model alone), whose adapters are in slots."""
         async with self.slots.held({key for mix in mixes for key in mix.keys}):
             yield [lora_request(mix) if mix.parts else None for mix in mixes]
-
-
-def _outcome(outcomes: Sequence[Any]) -> Any:
-    """Of the workers' outcomes of one probe: the first failure, else the scores of the first worker."""
-    return next((outcome for outcome in outcomes if isinstance(outcome, str)), outcomes[0])

@@ -61,7 +61,8 @@ class Launch:
     def variables(self) -> dict[str, str]:
         """The environment variables to add, without secrets; UsageError if the options are too long for one."""
         options = json.dumps(dict(self.options), ensure_ascii=False)
-        if (length := len(options.encode())) > _LONGEST:
+        length = len(options.encode())
+        if length > _LONGEST:
             most = f"an environment variable may have at most {_LONGEST:,}"
             raise UsageError(f"the options of LoGo take {length:,} bytes, but {most}: give fewer calibration prompts")
         usage = os.environ.get(NO_USAGE, "1")  # a user may ask for vLLM's reports

@@ -304,7 +304,8 @@ class VllmLoGo(AnsweringEngine):
         served = self.engine.served
         if signal not in served.opened:
             plan(self.model, state.fitted, self.settings, signal)  # raises the errors of the workers here
-            served = self.engine.served = _wait(self.engine.signal(served, signal))
+            served = _wait(self.engine.signal(served, signal))
+            self.engine.served = served
         scorer = served.opened[signal]
         default_k = min(state.fitted.default_k, len(scorer.selector.names))
         return replace(scorer, selector=replace(scorer.selector, default_k=default_k))

@@ -1,7 +1,7 @@
 """What a request is to LoGo inside vLLM: a mixture of adapters, or a probe. The path of its `LoRARequest` says so.
 
     {"mix": [["d1f0a3…", 0.25, [], null], ["77b2c9…", 0.75, [], 4]]}    key of an adapter, weight, where it acts
-    {"probe": ["5f…", "a3…", "calibrated", null, false, false]}         see `ProbeRequest`
+    {"probe": ["5f…", "a3…", "calibrated", null, false, false, null]}   see `ProbeRequest`
 
 vLLM keys cached keys and values by this path. It holds digests of adapters instead of their names, so an adapter that
 is replaced under its name never meets keys and values of the old one. Clients cannot write such paths.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -63,7 +63,7 @@ class ProbeRequest:
     pool: str  # the digest of the pool that is scored
     signal: str  # that scores it; empty: its hidden vectors are kept, to calibrate
     among: tuple[str, ...] | None = None  # the adapters that may be selected, others may have no score (-inf)
-    plain: bool = False  # whether example prompts do not count
+    without_examples: bool = False  # whether example prompts do not count
     alone: bool = False  # whether nobody may find its keys and values in vLLM's cache
     encoded: tuple[float, ...] | None = None  # what a text encoder says of the adapters with example prompts
 
@@ -78,9 +78,10 @@ def parse(path: str) -> Mix | ProbeRequest | None:
     """What the path of a `LoRARequest` says; None: the request is not ours."""
     content: Any = json.loads(path) if path.startswith("{") else {}
     if "probe" in content:
-        key, pool, signal, among, plain, alone, encoded = content["probe"]
-        names = None if among is None else tuple(among)
-        return ProbeRequest(key, pool, signal, names, plain, alone, None if encoded is None else tuple(encoded))
+        probe = ProbeRequest(*content["probe"])
+        among = None if probe.among is None else tuple(probe.among)
+        encoded = None if probe.encoded is None else tuple(probe.encoded)
+        return replace(probe, among=among, encoded=encoded)
     if "mix" in content:
         parts = ((key, weight, Activation(tuple(tokens), last)) for key, weight, tokens, last in content["mix"])
         return Mix(tuple(parts), content.get("prompt"))

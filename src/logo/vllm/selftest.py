@@ -16,8 +16,10 @@ from logo.vllm.patches import version
 from logo.vllm.requests import ProbeRequest, lora_request
 
 _SCORES = 0.5  # how far scores may be apart: fitting adapters' are about ten times as large, and rounding is less
-# How far log probabilities of the base model may be apart in two requests, and how far an adapter has to move them.
-_NOISE, _EFFECT = 0.05, 1e-5
+# How far log probabilities of the base model may be apart in two requests.
+_NOISE = 0.05
+# How far an adapter has to move them.
+_EFFECT = 1e-5
 
 
 async def check(engine: Engine) -> None:
@@ -30,7 +32,7 @@ async def check(engine: Engine) -> None:
     text = [1, 2, 3]
     if calibrated is not None:
         text, expected = calibrated
-        [scores] = await engine.scores(served, signal, [text], [None], plain=True)
+        [scores] = await engine.scores(served, signal, [text], [None], without_examples=True)
         difference = max(abs(score - known) for score, known in zip(scores, expected, strict=True))
         if not difference <= _SCORES:
             raise _changed(f"a text of the calibration has scores that are {difference:.2g} away from those it had")

@@ -285,7 +285,7 @@ def _scores(reading: _PromptReading, scorer: Scorer) -> list[float]:
     # The readings of all points: the even ones, then the late ones.
     per_point = [finished(mean[kind : kind + 1], signal.scale) for kind in range(signal.readings) for mean in responses]
     probe = reading.span.probe
-    descriptions = [] if probe.plain else [reading.means[i][None] for i in scorer.described]
+    descriptions = [] if probe.without_examples else [reading.means[i][None] for i in scorer.described]
     read = torch.tensor([len(reading.span.prompt) - reading.first])
     encoded = None
     if probe.encoded is not None and scorer.examples.described is not None:
