@@ -290,7 +290,7 @@ class LoGo(AnsweringEngine):
     def _has_scorer(self, state: EngineState, signal: str) -> bool:
         """Whether the state has a scorer of a signal; not if a plugin has registered another one by its name since."""
         scorer = state.scorers.get(signal)
-        return scorer is not None and scorer.signal == self.settings.reading(state.fitted, signal)
+        return scorer is not None and scorer.signal == self.settings.signal_for(state.fitted, signal)
 
     def _with_present_weights(self, state: EngineState) -> EngineState:
         """The state without what was computed from weights that the base model no longer has. The lock is held."""

@@ -302,14 +302,14 @@ def run_study(
     identity = {**facts.identity, "tasks": {_label(task): dataset_identity(task, learner) for task in tasks}}
     begun = {**identity, "environment": dict(facts.environment)}
     stands = None if overwrite else functools.partial(is_done, folder, identity, begun, files=(RUN, ROWS))
-    began = datetime.now(timezone.utc)
+    started = datetime.now(timezone.utc)
     with closing(Partial(folder, begun, fresh=overwrite or facts.order is not None, stands=stands)) as partial:
         if partial.done:
             return _stored_report(folder, facts)
         _measure_missing(tasks, measurer, partial, tell)
         report = summary(list(partial.records.values()))
         about = {
-            "date": began.isoformat(timespec="seconds"),
+            "date": started.isoformat(timespec="seconds"),
             "device": facts.device,
             "report": report,
             "command": dict(command or {}),

@@ -49,21 +49,21 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings, signa
         ModelError: there is no such point in the model, or it cannot be read as the signal asks.
         PoolError: adapters that do not touch what is probed, unless `settings.unscorable` is `"skip"`.
     """
-    reading = settings.reading(pool, signal)
+    pool_signal = settings.signal_for(pool, signal)
     most = 0
-    if reading.layers == "last":
+    if pool_signal.layers == "last":
         points: tuple[Point, ...] = (last_query(model),)
     else:
-        points, depth = _early_points(model, pool, reading)
+        points, depth = _early_points(model, pool, pool_signal)
         # If the whole model runs anyway, every point is read.
-        if reading.chosen and not reading.activations:
+        if pool_signal.chosen and not pool_signal.activations:
             points = _candidates(points, depth, pool)
             most = _most_points(points, pool)
     modules = {point.module for point in points}
     adapters = tuple(adapter for adapter in pool if not modules.isdisjoint(adapter.modules))
     if len(adapters) < len(pool) and (settings.unscorable == "error" or not adapters):
-        raise _not_scorable(pool, modules, reading)
-    if reading.input == "residual":
+        raise _not_scorable(pool, modules, pool_signal)
+    if pool_signal.input == "residual":
         _check_width(model, points)
     return Plan(points, most, adapters)
 
@@ -75,10 +75,10 @@ def described_points(model: nn.Module, settings: SelectionSettings, signal: Sign
     return residual_points(model, _DESCRIBED)
 
 
-def _early_points(model: nn.Module, pool: AdapterPool, reading: Signal) -> tuple[tuple[Point, ...], int]:
+def _early_points(model: nn.Module, pool: AdapterPool, pool_signal: Signal) -> tuple[tuple[Point, ...], int]:
     """The points that adapters touch up to where the probe stops, and the number of layers up to there."""
     layers = len(decoder_layers(model)[1])
-    depth = layers if reading.activations else max(1, math.floor(_DEPTH * layers))
+    depth = layers if pool_signal.activations else max(1, math.floor(_DEPTH * layers))
     points = points_of(model, {module for adapter in pool for module in adapter.modules}, depth)
     if not points:
         where = f"the first {depth} of {layers} layers, where the probe stops"
@@ -106,14 +106,14 @@ def _most_points(points: Sequence[Point], pool: AdapterPool) -> int:
     return max(_FEWEST_POINTS, min(_MOST_POINTS, int(_INDEX_BYTES / bytes_per_point)))
 
 
-def _not_scorable(pool: AdapterPool, modules: set[str], reading: Signal) -> PoolError:
+def _not_scorable(pool: AdapterPool, modules: set[str], pool_signal: Signal) -> PoolError:
     """The error of a pool with adapters that touch none of the probed modules."""
     lacking = [adapter.name for adapter in pool if modules.isdisjoint(adapter.modules)]
     where = f"any of {len(modules)} probed modules"
     if len(modules) <= 4:
         where = f"the probed module {', '.join(sorted(modules))}"
     way = "prompts are read up to the middle layers:"
-    if reading.layers == "last":
+    if pool_signal.layers == "last":
         way = "use the signal 'calibrated', which reads the modules that adapters touch, or"
     return PoolError(
         f"{len(lacking)} of {len(pool)} adapters do not touch {where} and cannot be scored: {listed(lacking, 5)}; "

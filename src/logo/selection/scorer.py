@@ -85,24 +85,24 @@ class Scorer:
 
         Raises PoolError, UsageError or ModelError: the pool cannot be scored as the settings ask; AdapterError.
         """
-        signal_read = settings.reading(pool, signal)
+        pool_signal = settings.signal_for(pool, signal)
         planned = plan(base.model, pool, settings, signal)
         if tell is not None:
             tell(0, len(planned.adapters))
         earlier_reading = None if before is None else before.reading
-        background = base.background(signal_read, planned, settings, earlier_reading)
-        earlier_indices = before.indices if before is not None and before.signal == signal_read else ()
+        background = base.background(pool_signal, planned, settings, earlier_reading)
+        earlier_indices = before.indices if before is not None and before.signal == pool_signal else ()
         indices = base.indices(planned.adapters, background, earlier_indices, tell)
-        indices, places = _placed(indices, signal_read)
-        prefix_cache = base.prefix_cache if signal_read.activations else None
+        indices, places = _placed(indices, pool_signal)
+        prefix_cache = base.prefix_cache if pool_signal.activations else None
         probe = Probe(
             model=base.model,
             points=(*background.points, *background.examples.points),
-            read=signal_read.input,
+            read=pool_signal.input,
             run=None if prefix_cache is None else prefix_cache.forward,
         )
         return cls(
-            signal=signal_read,
+            signal=pool_signal,
             indices=tuple(indices),
             places=tuple(places),
             probe=probe,

@@ -97,7 +97,7 @@ class SelectionSettings:
         _check_weighting(self.weighting, self.signal, raw)
         _check_unsure(self.when_unsure, self.signal, raw)
 
-    def reading(self, pool: AdapterPool | None = None, signal: str | None = None) -> Signal:
+    def signal_for(self, pool: AdapterPool | None = None, signal: str | None = None) -> Signal:
         """A registered signal (None: the engine's own) as it reads a pool (None: one whose adapters act everywhere):
         the window, and the tokens on which adapters act."""
         registered = get_signal(self.signal if signal is None else signal)

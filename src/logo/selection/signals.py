@@ -68,7 +68,7 @@ class Signal:
         chosen: use the points on which this pool's adapters differ most, instead of all.
         weighting: how scores become weights.
         late: responses are averaged with the last tokens counting most, too (`logo.selection.reference`).
-        window: the part of a text that is read (`SelectionSettings.reading` sets it).
+        window: the part of a text that is read (`SelectionSettings.signal_for` sets it).
         activations: where the adapters of the pool act, if none of them acts everywhere (set there, too).
         plugin: what its scores depend on, if it is not ours (`logo.plugins.Registry.definition`).
     """

@@ -168,9 +168,9 @@ class Engine:
         facts = scorer["selector"]
         evidence = facts["evidence"] and Evidence(**facts["evidence"])
         selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
-        reading = self.options.settings.reading(pool, signal)
-        encoding = await asyncio.to_thread(self._encoding, pool, selector.names, reading)
-        return OpenSignal(signal, reading, tuple(scorer["points"]), selector, encoding)
+        pool_signal = self.options.settings.signal_for(pool, signal)
+        encoding = await asyncio.to_thread(self._encoding, pool, selector.names, pool_signal)
+        return OpenSignal(signal, pool_signal, tuple(scorer["points"]), selector, encoding)
 
     async def _opened_by_workers(self, pool: AdapterPool, signal: str) -> dict[str, Any]:
         """What `logo.vllm.worker.Worker.signal` says in the end: workers say again and again which texts have to be run

@@ -73,7 +73,7 @@ class VllmOptions:
         options |= {name: tuple(options[name]) for name in ("signals", "hosts", "origins") if name in options}
         checked = cls(settings=settings, **options)
         for signal in checked.all_signals:
-            settings.reading(signal=signal)  # refuses one that does not exist
+            settings.signal_for(signal=signal)  # refuses one that does not exist
         return checked
 
     @property

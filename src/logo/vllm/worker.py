@@ -148,11 +148,11 @@ class Worker:
         settings = self._options.settings
         places: set[tuple[str, str]] = set()
         for signal in scoring_signals(self._options, self._skeleton, pool):
-            reading = settings.reading(pool, signal)
+            pool_signal = settings.signal_for(pool, signal)
             for point in plan(self._skeleton, pool, settings, signal).points:
-                places.add((reading.input, point.layer_path if reading.input == "residual" else point.module))
+                places.add((pool_signal.input, point.layer_path if pool_signal.input == "residual" else point.module))
             # Whether or not an adapter has example prompts yet: one that joins the pool may.
-            for point in described_points(self._skeleton, settings, reading):
+            for point in described_points(self._skeleton, settings, pool_signal):
                 places.add(("residual", point.layer_path))
         return frozenset(places)
 
@@ -326,7 +326,7 @@ class Worker:
         scorers: Any = {key: reader for key, reader in self.taps.readers.items() if key[1]}  # and no texts
         of_signal = (scorer for (_, name), scorer in reversed(scorers.items()) if name == signal)
         before = scorers.get((digest, signal)) or next(of_signal, None)
-        window = self._options.settings.reading(self._pools[digest], signal).window
+        window = self._options.settings.signal_for(self._pools[digest], signal).window
         prompts = fitting(self._prompts, window, self._model_config.max_model_len)
         base = BaseReader(self._skeleton, prompts.texts, self._vectors, self._manager.device, self._store)
         try:
