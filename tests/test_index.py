@@ -129,14 +129,14 @@ def test_points_that_read_the_same_vectors_are_scored_together(model: Any, folde
     """q and v of a layer read the same ones, o reads others; the scores are those of each point alone."""
     scorer = opened(model, folder, signal="calibrated").scorer
     layers = [(point.layer, point.module.endswith("o_proj")) for point in scorer.points]
-    assert len(scorer.places) < len(scorer.points)
-    assert [layers[place.first] for place in scorer.places] == [layer for layer, _ in itertools.groupby(layers)]
+    assert len(scorer.groups) < len(scorer.points)
+    assert [layers[group.first] for group in scorer.groups] == [layer for layer, _ in itertools.groupby(layers)]
     hidden = {layer: torch.randn(5, scorer.indices[0].stacked.shape[1]) for layer in layers}
     alone = [scorer.signal(one, hidden[layer]) for one, layer in zip(scorer.indices, layers, strict=True)]
-    together = [scorer.signal(place.index, hidden[layers[place.first]]) for place in scorer.places]
+    together = [scorer.signal(group.index, hidden[layers[group.first]]) for group in scorer.groups]
     torch.testing.assert_close(torch.cat(together, dim=1), torch.cat(alone, dim=1))
-    for place in scorer.places:  # which take no memory of their own
-        assert scorer.indices[place.first].stacked.data_ptr() == place.index.stacked.data_ptr()
+    for group in scorer.groups:  # which take no memory of their own
+        assert scorer.indices[group.first].stacked.data_ptr() == group.index.stacked.data_ptr()
 
 
 # -- whitening ---------------------------------------------------------------------------------------------------------

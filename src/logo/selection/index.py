@@ -256,7 +256,7 @@ def _read_rows(adapter: Adapter, lacking: Sequence[_BegunIndex], store: Store | 
 
 
 @dataclass(frozen=True)
-class Place:
+class PointGroup:
     """Neighbouring points that read the same hidden vectors, so that one product scores the adapters of all.
 
     Attributes:
@@ -268,28 +268,28 @@ class Place:
     index: ScoringIndex
 
 
-def side_by_side(indices: Sequence[ScoringIndex]) -> tuple[list[ScoringIndex], list[Place]]:
+def side_by_side(indices: Sequence[ScoringIndex]) -> tuple[list[ScoringIndex], list[PointGroup]]:
     """Stacks the indices of neighbours that read the same vectors. Returns the same indices, whose rows are parts of
-    these stacks, and the places; indices of several points have no `responses`."""
+    these stacks, and the groups of points; an index of several points has no `responses`."""
     parts: list[ScoringIndex] = []
-    places: list[Place] = []
+    groups: list[PointGroup] = []
     for _, neighbours in groupby(indices, key=_vectors_read):
-        group = list(neighbours)
-        stacked = torch.cat([index.stacked for index in group])
-        offsets = [index.offset for index in group if index.offset is not None]
+        members = list(neighbours)
+        stacked = torch.cat([index.stacked for index in members])
+        offsets = [index.offset for index in members if index.offset is not None]
         whole = ScoringIndex(
             stacked=stacked,
-            ranks=[rank for index in group for rank in index.ranks],
+            ranks=[rank for index in members for rank in index.ranks],
             offset=torch.cat(offsets) if offsets else None,
-            adapters=[adapter for index in group for adapter in index.adapters],
-            point=group[0].point,
-            sketch=group[0].sketch,
-            updates=torch.cat([index.updates for index in group]),
+            adapters=[adapter for index in members for adapter in index.adapters],
+            point=members[0].point,
+            sketch=members[0].sketch,
+            updates=torch.cat([index.updates for index in members]),
         )
-        places.append(Place(len(parts), whole))
-        rows = torch.split(stacked, [len(index.stacked) for index in group])
-        parts += [replace(index, stacked=own_rows) for index, own_rows in zip(group, rows, strict=True)]
-    return parts, places
+        groups.append(PointGroup(len(parts), whole))
+        rows = torch.split(stacked, [len(index.stacked) for index in members])
+        parts += [replace(index, stacked=own_rows) for index, own_rows in zip(members, rows, strict=True)]
+    return parts, groups
 
 
 def _vectors_read(index: ScoringIndex) -> tuple[object, ...]:

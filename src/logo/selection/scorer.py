@@ -21,7 +21,7 @@ from logo.selection.base_reader import Background, BaseReader, ExamplesRead
 from logo.selection.calibration import Calibration, Reading
 from logo.selection.encoder import NOTHING, Embedded
 from logo.selection.evidence import Kind, Similarities, together
-from logo.selection.index import Place, ScoringIndex, Tell, side_by_side
+from logo.selection.index import PointGroup, ScoringIndex, Tell, side_by_side
 from logo.selection.plan import plan
 from logo.selection.points import Point
 from logo.selection.probe import Probe, pick
@@ -41,7 +41,7 @@ class Scorer:
     Attributes:
         signal: the registered signal with the window and the activations of the pool.
         indices: one per point that is read, of the adapters that touch it.
-        places: the same rows in fewer indices, with one product for all points that read the same vectors.
+        groups: the same rows in fewer indices, with one product for all points that read the same vectors.
         probe: reads the hidden vectors of these points.
         calibration: what responses are compared with; None for signals of the scale `"raw"`.
         examples: what is known of example prompts.
@@ -53,7 +53,7 @@ class Scorer:
 
     signal: Signal
     indices: tuple[ScoringIndex, ...]
-    places: tuple[Place, ...]
+    groups: tuple[PointGroup, ...]
     probe: Probe
     calibration: Calibration | None
     examples: ExamplesRead
@@ -93,7 +93,7 @@ class Scorer:
         background = base.background(pool_signal, planned, settings, earlier_reading)
         earlier_indices = before.indices if before is not None and before.signal == pool_signal else ()
         indices = base.indices(planned.adapters, background, earlier_indices, tell)
-        indices, places = _placed(indices, pool_signal)
+        indices, groups = _grouped(indices, pool_signal)
         prefix_cache = base.prefix_cache if pool_signal.activations else None
         probe = Probe(
             model=base.model,
@@ -104,7 +104,7 @@ class Scorer:
         return cls(
             signal=pool_signal,
             indices=tuple(indices),
-            places=tuple(places),
+            groups=tuple(groups),
             probe=probe,
             calibration=background.calibration,
             examples=background.examples,
@@ -222,7 +222,7 @@ class Scorer:
             descriptions = [both_means(hidden[point].to(device), owners, weights, sums) for point in self.described]
             per_point: list[Tensor] = []
             if self.responses:
-                responses = [signal(place.index, hidden[place.first]).to(device) for place in self.places]
+                responses = [signal(group.index, hidden[group.first]).to(device) for group in self.groups]
                 response_means = both_means(torch.cat(responses, dim=1), owners, weights, sums)[:, : signal.readings]
                 per_point = [finished(response_means.flatten(1), signal.scale)]
             tokens = sums[:, 0]  # each has weight 1 in the even mean
@@ -293,12 +293,12 @@ class Scorer:
         return scores
 
 
-def _placed(indices: list[ScoringIndex], signal: Signal) -> tuple[list[ScoringIndex], list[Place]]:
+def _grouped(indices: list[ScoringIndex], signal: Signal) -> tuple[list[ScoringIndex], list[PointGroup]]:
     """The indices of points, and the same rows in as few indices as the signal can score."""
     # A plugin's signal may need whole responses, which an index of several points does not have.
     if signal.plugin is None and len(indices) > 1:
         return side_by_side(indices)
-    return indices, [Place(number, index) for number, index in enumerate(indices)]
+    return indices, [PointGroup(number, index) for number, index in enumerate(indices)]
 
 
 def _selector(
