@@ -97,11 +97,11 @@ class SelectionSettings:
         _check_weighting(self.weighting, self.signal, raw)
         _check_unsure(self.when_unsure, self.signal, raw)
 
-    def signal_for(self, pool: AdapterPool | None = None, signal: str | None = None) -> Signal:
-        """A registered signal (None: the engine's own) as it reads a pool (None: one whose adapters act everywhere):
-        the window, and the tokens on which adapters act."""
+    def signal_for(self, pool: AdapterPool, signal: str | None = None) -> Signal:
+        """A registered signal (None: the engine's own) as it reads a pool: with the window, and the tokens on which
+        adapters act."""
         registered = get_signal(self.signal if signal is None else signal)
-        if pool is None or not pool.read_once:
+        if not pool.read_once:
             usual = WHOLE if registered.scale == "raw" else USUAL_WINDOW
             return replace(registered, window=self.window or usual)
         # Such a pool reads the prompt as its answer does, and only the tokens on which adapters act.

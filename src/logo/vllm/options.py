@@ -11,6 +11,7 @@ from typing import Any, get_args
 from logo.adapters.sources import OnBadAdapter
 from logo.errors import UsageError, closest
 from logo.selection.settings import SelectionSettings
+from logo.selection.signals import get_signal
 
 log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
 
@@ -73,7 +74,7 @@ class VllmOptions:
         options |= {name: tuple(options[name]) for name in ("signals", "hosts", "origins") if name in options}
         checked = cls(settings=settings, **options)
         for signal in checked.all_signals:
-            settings.signal_for(signal=signal)  # refuses one that does not exist
+            get_signal(signal)  # refuses one that does not exist
         return checked
 
     @property
