@@ -36,7 +36,7 @@ from logo.models import ModelLock
 from logo.prefix_cache import PrefixCache
 from logo.prompts import Prompts, several
 from logo.scoring import Pair, Scored, encoded
-from logo.selection.encoder import NOTHING, Embedded
+from logo.selection.encoder import NO_TEXTS, Embedded
 from logo.selection.selector import for_each, forced
 from logo.selection.settings import OPTIONS, ProbeContext, SelectionSettings, check_context
 from logo.state import EngineState
@@ -186,7 +186,7 @@ class AnsweringEngine(ABC):
         return self.settings.options(self.fitted, options)
 
     def outcomes(
-        self, rows: Sequence[Prompt], options: Sequence[Options], batch_size: int = 8, embedded: Embedded = NOTHING
+        self, rows: Sequence[Prompt], options: Sequence[Options], batch_size: int = 8, embedded: Embedded = NO_TEXTS
     ) -> list[Selection | LoGoError]:
         """One selection for each prompt that was read, by its own `options`, or the error that its scores give.
 
@@ -202,7 +202,7 @@ class AnsweringEngine(ABC):
         rows: Sequence[Prompt],
         options: Sequence[Options],
         batch_size: int,
-        embedded: Embedded = NOTHING,
+        embedded: Embedded = NO_TEXTS,
     ) -> list[Selection | LoGoError]:
         in_turn = self.probe_context == "carry"  # each row depends on the one before
         groups: dict[tuple[str, int], list[int]] = {}  # the numbers of rows that are scored together

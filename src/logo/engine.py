@@ -36,7 +36,7 @@ from logo.prompts import Prompts, Truncation
 from logo.scoring import MAX_TOKENS, score_pairs
 from logo.selection.base_reader import BaseReader
 from logo.selection.calibration import Calibration
-from logo.selection.encoder import NOTHING, Embedded, load_encoder, read_texts
+from logo.selection.encoder import NO_TEXTS, Embedded, embed_by_text, load_encoder
 from logo.selection.evidence import Kind
 from logo.selection.index import Tell
 from logo.selection.scorer import Scorer
@@ -313,7 +313,7 @@ class LoGo(AnsweringEngine):
         `outcomes` needs the base model alone. Arguments as there; errors as `logo.selection.encoder.embed`."""
         encoder = self.settings.encoder
         if encoder is None:
-            return NOTHING
+            return NO_TEXTS
         state = self._current()
         texts = []
         for row, call in zip(rows, options, strict=True):
@@ -321,7 +321,7 @@ class LoGo(AnsweringEngine):
             if scorer.examples.encoded is not None:
                 probed = row.ids if state.probes_all else row.probed
                 texts.append(self.prompts.text_of(scorer.signal.windowed(probed)))
-        return read_texts(texts, encoder)
+        return embed_by_text(texts, encoder)
 
     # -- how scores and answers are computed -----------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ _turns = threading.Lock()  # tokenizers refuse a second thread
 
 # A text -> its vector (d,), as an encoder has read it.
 Embedded = Mapping[str, Tensor]
-NOTHING: Embedded = MappingProxyType({})
+NO_TEXTS: Embedded = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -81,24 +81,24 @@ class EncodedExamples:
         centres = normalize(torch.stack([vectors.mean(dim=0) for vectors in own]), dim=1)
         return cls(model, text_of, centres, known, spread_of(usual[None]))
 
-    def similarities(self, rows: Sequence[Sequence[int]], embedded: Embedded = NOTHING) -> Similarities:
+    def similarities(self, rows: Sequence[Sequence[int]], embedded: Embedded = NO_TEXTS) -> Similarities:
         """`e` of token ids that were cut to the window; errors as `embed`.
 
         Args:
-            embedded: texts that this encoder has read already, as by `read_texts`; others are read now.
+            embedded: texts that this encoder has read already, as by `embed_by_text`; others are read now.
         """
         texts = [self.text_of(row) for row in rows]
         unread = [text for text in texts if text not in embedded]
         if unread:
-            embedded = {**embedded, **read_texts(unread, self.model)}
+            embedded = {**embedded, **embed_by_text(unread, self.model)}
         vectors = torch.stack([embedded[text] for text in texts])
         return Similarities(vectors @ self.centres.T / self.spread, self.known)
 
 
-def read_texts(texts: Sequence[str], model: str) -> Embedded:
+def embed_by_text(texts: Sequence[str], model: str) -> Embedded:
     """What an encoder reads of texts, all of them together; errors as `embed`."""
     distinct = list(dict.fromkeys(texts))
-    return dict(zip(distinct, embed(distinct, model), strict=True)) if distinct else NOTHING
+    return dict(zip(distinct, embed(distinct, model), strict=True)) if distinct else NO_TEXTS
 
 
 def _stored(model: str, groups: Sequence[Sequence[str]], store: Store) -> list[Tensor]:

@@ -19,7 +19,7 @@ from logo.models import input_device, padded
 from logo.prefix_cache import PrefixCache
 from logo.selection.base_reader import Background, BaseReader, ExamplesRead
 from logo.selection.calibration import Calibration, Reading
-from logo.selection.encoder import NOTHING, Embedded
+from logo.selection.encoder import NO_TEXTS, Embedded
 from logo.selection.evidence import Kind, Similarities, together
 from logo.selection.index import PointGroup, ScoringIndex, Tell, side_by_side
 from logo.selection.plan import plan
@@ -200,7 +200,7 @@ class Scorer:
         self,
         rows: Sequence[Sequence[int]],
         among: Sequence[Collection[str] | None] = (),
-        embedded: Embedded = NOTHING,
+        embedded: Embedded = NO_TEXTS,
     ) -> Tensor:
         """Scores (rows, adapters), float32 on the CPU, of prompts as token ids, cut to the signal's window.
 
