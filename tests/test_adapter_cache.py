@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from logo.adapters.adapter import LoraWeights
 from logo.errors import AdapterError, CacheFull, NotFinite
@@ -176,6 +177,44 @@ def test_one_that_overflows_the_dtype_is_refused() -> None:
     with pytest.raises(NotFinite, match=r"'large'.*one.*overflows torch\.float16.*--dtype"), one.held([large]):
         pass
     assert one.names == () and one.bytes == 0
+
+
+def test_a_finite_one_whose_sum_overflows_is_accepted() -> None:
+    one = AdapterCache(MODULES, torch.float16, 10**6)
+    large: Any = Made("large", lambda: {"one": LoraWeights(torch.full((2, WIDTH), 3e4), torch.ones(7, 2), 1.0)})
+    with one.held([large]) as [resident]:
+        assert resident.factors["one"][0].sum().isinf()
+
+
+def test_what_is_loaded_is_scaled_in_float32_whatever_it_is_stored_in() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, WIDTH).to(dtype), torch.randn(7, 2).to(dtype)
+        one = AdapterCache(MODULES, torch.bfloat16, 10**6)
+        made: Any = Made("made", lambda a=a, b=b: {"one": LoraWeights(a, b, 0.3)})  # type: ignore[misc]
+        with one.held([made]) as [resident]:
+            A, B = resident.factors["one"]
+            assert A.equal(a.bfloat16()) and B.equal((b.float() * 0.3).bfloat16().T)
+
+
+def test_loading_asks_the_device_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for whatever else the device has to compute."""
+    asked: list[str] = []
+
+    class Questions(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    load = AdapterCache._load
+
+    def watched(self: AdapterCache, resident: Any) -> None:
+        with Questions():
+            load(self, resident)
+
+    monkeypatch.setattr(AdapterCache, "_load", watched)
+    with cache().held([adapter(6)]) as [resident]:
+        assert len(resident.factors) == 3
+    assert sum("_local_scalar_dense" in name for name in asked) == 1
 
 
 @pytest.mark.slow

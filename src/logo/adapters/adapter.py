@@ -44,9 +44,10 @@ class LoraWeights:
     B: torch.Tensor  # (out, r)
     scaling: float
 
-    def scaled_b(self) -> torch.Tensor:
-        """`s B` in float32, (out, r)."""
-        return self.B.float() * self.scaling
+    def scaled_b(self, device: torch.device | None = None) -> torch.Tensor:
+        """`s B` in float32, (out, r), on a device, where it is computed; None: on the CPU."""
+        b = self.B if self.B.element_size() <= 4 else self.B.float()  # not every accelerator has float64
+        return (b if device is None else b.to(device)).float() * self.scaling
 
 
 @dataclass(frozen=True)

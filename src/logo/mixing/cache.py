@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from logo.adapters.adapter import Adapter, LoraWeights, finite
+from logo.adapters.adapter import Adapter, LoraWeights
 from logo.adapters.layout import BaseLayout
 from logo.errors import CacheFull, NotFinite, UsageError, check_type
 from logo.models import device_of
@@ -237,7 +237,8 @@ class AdapterCache:
                 self._make_room(adapter, size)
                 resident.bytes = size
                 self.bytes += size
-            placed = {path: self._placed(adapter, path, factors) for path, factors in weights.items()}
+            placed = {path: self._placed(path, factors) for path, factors in weights.items()}
+            self._check_finite(adapter, placed)
             with self._locked():
                 resident.factors = placed
                 resident.ready.set_result(None)
@@ -251,19 +252,31 @@ class AdapterCache:
                 resident.bytes = 0
             resident.ready.set_exception(error)
 
-    def _placed(self, adapter: Adapter, path: str, weights: LoraWeights) -> tuple[Tensor, Tensor]:
+    def _placed(self, path: str, weights: LoraWeights) -> tuple[Tensor, Tensor]:
         """Copies of A (r, d_in) and of `s B` (r, d_out) where the module computes."""
         device = device_of(self.modules[path])
-        scaled = weights.scaled_b().T
+        scaled = weights.scaled_b(device).T
         A = torch.empty(weights.A.shape, dtype=self.dtype, device=device).copy_(weights.A)
         B = torch.empty(scaled.shape, dtype=self.dtype, device=device).copy_(scaled)
-        # A gate of 0 hides what is not finite from other rows, but merging and the adapter's own rows would spread it.
-        if not (finite(A) and finite(B)):
-            raise NotFinite(
-                f"adapter {adapter.name!r}: module {path} overflows {self.dtype}, in which mixtures compute; load the "
-                "base model with a wider --dtype"
-            )
         return A, B
+
+    def _check_finite(self, adapter: Adapter, placed: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Raises NotFinite if a factor overflows: a gate of 0 hides that from other rows, but merging and the adapter's
+        own rows would spread it."""
+        by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+        for path, pair in placed.items():
+            for factor in pair:
+                by_device.setdefault(factor.device, []).append((path, factor))
+        for factors in by_device.values():
+            # One question for all of them, since each waits for whatever else the device has to compute.
+            if bool(torch.stack([factor.sum() for _, factor in factors]).isfinite().all()):
+                continue
+            for path, factor in factors:
+                if not bool(factor.isfinite().all()):  # a sum may overflow alone
+                    raise NotFinite(
+                        f"adapter {adapter.name!r}: module {path} overflows {self.dtype}, in which mixtures compute; "
+                        "load the base model with a wider --dtype"
+                    )
 
     def _make_room(self, adapter: Adapter, size: int) -> None:
         """Frees what was used longest ago. The lock is held."""
