@@ -5,9 +5,17 @@ that ship."""
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
+import re
+import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cost
+import gpu
 from cost import RATIOS, Plan
 from demo_world import tasks
 from demo_world.build import write_model
@@ -23,14 +32,16 @@ from demo_world.tasks import TASKS, Task
 from demo_world.tokenizer import build_tokenizer
 from demo_world.train_adapters import CONFIG, train_adapters, write_shipped, write_training_rows
 from logo import AdapterPool, LoGo, SelectionSettings, demo
+from logo.mixing.mixer import Mixture
 from logo.models import load_base
 from parts import Lengths, exactly
 from peft_arm import PeftArm
 from synthetic import Sizes, base_model, prompts, write_adapters
-from tolerances import same_weights
+from tolerances import PATIENCE, same_tensor, same_weights
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parent.parent
 SMALL = Sizes(hidden=64, layers=3, heads=4, vocabulary=256, rank=2)
 SHORT = Lengths(prompt=8, asked=6, new=2, known=70, rest=4)
 
@@ -73,6 +84,153 @@ def test_peft_does_the_same_method(tmp_path: Path) -> None:
         assert arm.answer(prompt, config) == list(answer.token_ids)
         assert arm.answer_active(prompt, config) == list(answer.token_ids)
     assert arm.answer_batch(asked, config) == [list(answer.token_ids) for answer in ours]
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+# What `benchmarks/gpu.py` may use beside the standard library, with what these need themselves ...
+ENOUGH = ("torch", "transformers", "safetensors", "scipy", "psutil", "PyYAML")
+# ... but for what they import in functions that are not called.
+NOT_THERE = {"accelerate", "cyclopts", "nltk", "peft", "pydantic", "rich", "starlette", "typer"}
+
+
+def needed(names: Sequence[str]) -> dict[str, metadata.Distribution]:
+    """These distributions and what they need without extras, by their normal names, without those in `NOT_THERE`."""
+    found: dict[str, metadata.Distribution] = {}
+    waiting = list(names)
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in found or name in NOT_THERE:
+            continue
+        with suppress(metadata.PackageNotFoundError):  # of another platform
+            found[name] = metadata.distribution(name)
+            requirements = [line for line in found[name].requires or [] if "extra ==" not in line]
+            waiting += [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements]
+    return found
+
+
+def linked(names: Sequence[str], folder: Path) -> None:
+    """Makes a folder for PYTHONPATH with links to these distributions and what they need."""
+    folder.mkdir()
+    for distribution in needed(names).values():
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(Path(str(distribution.locate_file(top))).resolve())
+
+
+def test_the_gpu_script_needs_little_beside_torch(tmp_path: Path) -> None:
+    """It runs without any other package, and every line of its table has a number."""
+    linked(ENOUGH, tmp_path / "packages")
+    found = tmp_path / "gpu.json"
+    path = os.pathsep.join(map(str, (tmp_path / "packages", ROOT / "src")))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+    def run(*command: object) -> subprocess.CompletedProcess[str]:
+        bare = [sys.executable, "-S", *map(str, command)]  # without the packages of this environment
+        return subprocess.run(bare, capture_output=True, text=True, timeout=PATIENCE, env=environment, cwd=tmp_path)
+
+    there = f"import importlib.util as u; assert not [n for n in {sorted(NOT_THERE)} if u.find_spec(n)]"
+    assert run("-c", there).returncode == 0
+    ran = run(ROOT / "benchmarks" / "gpu.py", "--tiny", "--minutes", 30, "--json", found, "--scratch", tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(found.read_text())
+    lines = report["lines"]
+    assert [line for line in lines if line["problem"]] == []
+    assert f"{len(lines)} lines, 0 without a number" in ran.stdout and torch.__version__ in ran.stdout
+    pools = [(shape.name, pool.name) for shape in gpu.TINY.bases for pool in gpu.TINY.pools]
+    assert list(dict.fromkeys((line["base"], line["pool"]) for line in lines)) == pools
+    arms = {(line["part"], line["arm"]) for line in lines}
+    for batch in gpu.TINY.batches:
+        kinds = ["one mixture"] + ["one per row"] * (batch > 1)
+        names = {f"LoGo, k {k}, {kind}" for k in gpu.TINY.ks for kind in kinds} | {"base", "one plain adapter"}
+        assert {arm for part, arm in arms if part == f"decode, batch {batch}"} == names
+    for tokens in gpu.TINY.prompts:
+        assert (f"prefill {tokens}", "LoGo, k 20") in arms
+    steps = [line for line in lines if line["part"].startswith("decode")]
+    assert {len(line["seconds"]) for line in steps} == {gpu.TINY.decoded}
+    assert all(0 < line["median"] <= line["p90"] for line in lines if line["seconds"])
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("logo-gpu-")] == []
+
+
+def tiny_bench(folder: Path, pool: gpu.PoolShape, plan: gpu.Plan = gpu.TINY) -> gpu.PoolBench:
+    [shape, *_] = plan.bases
+    model = gpu.base_model(shape, plan)
+    return gpu.PoolBench(plan, shape, pool, model, gpu.text_tokenizer(), folder, math.inf, gpu.Table({}))
+
+
+def test_the_adapters_of_the_gpu_script_are_whole_and_differ(tmp_path: Path) -> None:
+    pool = gpu.PoolShape(20, 3, gpu.TARGETS)
+    bench = tiny_bench(tmp_path, pool)
+    bench.write()
+    opened = AdapterPool.open(tmp_path / "pool", verify=True)
+    assert len(opened) == 20 and len({adapter.sha256 for adapter in opened}) == 20
+    for adapter in opened:
+        assert adapter.ranks == (3,) and adapter.targets == sorted(gpu.TARGETS)
+        assert 2 * adapter.parameters == gpu.adapter_bytes(bench.model, pool, torch.bfloat16)
+        assert all(weights.A.dtype == torch.bfloat16 for weights in adapter.read().values())
+
+
+def test_the_plain_adapter_of_the_gpu_script_is_that_of_logo(tmp_path: Path) -> None:
+    """And every arm answers with as many tokens, while its steps are counted."""
+    bench = tiny_bench(tmp_path, gpu.PoolShape(20, 3, gpu.TARGETS), replace(gpu.TINY, dtype="float32"))
+    bench.write()
+    bench.open()
+    bench.plain = bench.plain_factors()
+    rows = bench.rows(2, 5)
+    ids = torch.tensor(rows)
+    first = {bench.logo.names[0]: 1.0}
+
+    def logits() -> torch.Tensor:
+        return bench.model(ids).logits
+
+    with torch.no_grad():
+        base = logits()
+        with gpu.plain_adapter(bench.model, bench.plain):
+            plain = logits()
+        assert logits().equal(base) and not plain.allclose(base)
+        with bench.logo._mixer.active(bench.logo.fitted, [Mixture(first)]):
+            same_tensor(logits(), plain)
+    for run in (bench.base, bench.beside, lambda rows, new: bench.mixed(rows, [first] * 2, new)):
+        with gpu.step_starts(bench.model, bench.device) as starts:
+            run(rows, 4)
+        assert len(starts) == 4 and starts == sorted(starts)
+
+
+def test_what_fails_or_takes_too_long_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(seconds: list[float]) -> None:
+        seconds.append(1.0)
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    def end(seconds: list[float]) -> None:
+        seconds.append(2.0)
+        raise gpu.OutOfTime
+
+    def never_end(seconds: list[float]) -> None:
+        while True:
+            seconds.clear()
+
+    bench = tiny_bench(tmp_path, gpu.TINY.pools[0])
+    bench.part("load", {"fails": fail, "ends": end, "after": lambda seconds: seconds.append(3.0)})
+    monkeypatch.setitem(gpu.LIMITS, "select", 0.05)
+    bench.part("select", {"never ends": never_end, "after": end})
+    found = {(line.part, line.arm): (line.seconds, line.problem) for line in bench.table.lines}
+    late = "left out: no time left"
+    assert found == {
+        ("load", "fails"): ((), "failed: RuntimeError: CUDA out of memory. Tried to allocate 20 GiB"),
+        ("load", "ends"): ((2.0,), None),
+        ("load", "after"): ((3.0,), None),
+        ("select", "never ends"): ((), late),
+        ("select", "after"): ((), late),
+    }
+
+
+def test_the_gpu_script_without_a_gpu_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main([])
+    assert "there is no GPU here" in capsys.readouterr().err
 
 
 # -- the demo world ----------------------------------------------------------------------------------------------------
