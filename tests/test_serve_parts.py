@@ -208,6 +208,15 @@ def test_rows_that_have_left_take_no_memory_once_others_grow() -> None:
     assert held <= 2 * (504 + 32) * 2 * 4  # two rows: one may come without a copy of all
 
 
+def test_the_mask_of_a_step_is_made_where_the_rows_are() -> None:
+    with torch.device("meta"):
+        cache = BatchedCache(read(1), 10**6)
+        cache.join(read(4, 3), [4, 3], [0, 1])
+    mask, positions, _ = cache.seen(0, 2)
+    assert mask.is_meta and positions.is_meta
+    assert mask.shape == (2, 5) and positions.shape == (2, 1)
+
+
 @pytest.mark.parametrize("most", [400, 700, 1000])
 def test_keys_and_values_take_what_they_may_and_no_more(most: int) -> None:
     """Ten rows of up to forty tokens come one by one, while the first ones grow."""

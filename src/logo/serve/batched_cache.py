@@ -110,12 +110,14 @@ class BatchedCache:
         self._seen.clear()
 
     def seen(self, begin: int, end: int) -> tuple[Tensor, Tensor, Cache]:
-        """For a step of these rows: the mask (rows, columns + 1), positions (rows, 1), and the cache."""
+        """For a step of these rows: the mask (rows, columns + 1) and positions (rows, 1), on the device of the first
+        layer, and the cache."""
         if (begin, end) not in self._seen:
             layers = [_Layer(self, keys[begin:end], values[begin:end]) for keys, values in self._layers]
             self._seen = {(begin, end): Cache(layers=layers)}
-        starts = torch.tensor(self._starts[begin:end])[:, None]
-        mask = (torch.arange(self.columns + 1) >= starts).long()
+        device = self._layers[0][0].device  # where the mask is made: a copy of it in every step would be large
+        starts = torch.tensor(self._starts[begin:end], device=device)[:, None]
+        mask = (torch.arange(self.columns + 1, device=device) >= starts).long()
         return mask, self.columns - starts, self._seen[begin, end]
 
 
