@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.adapters.activation import EVERYWHERE, Activation, noted
-from logo.adapters.examples import examples_text, folder_examples
+from logo.adapters.examples import examples_text, folder_description, folder_examples
 from logo.adapters.layout import BaseLayout, core_path
 from logo.adapters.peft import (
     LoraConfig,
@@ -64,6 +64,7 @@ class Adapter:
             only `fit` shows, by a comparison with the base model.
         examples: its example prompts, as they were when it was opened; see `logo.adapters.examples`.
         listed: whether they are those of a manifest's entry, and not those beside it.
+        description: what it does, in a sentence; None if nobody said it.
         source, revision: the folder of a Hub repository, and the commit, from which it was downloaded.
     """
 
@@ -76,6 +77,7 @@ class Adapter:
     copies: Mapping[str, str] = field(default_factory=dict)
     examples: tuple[str, ...] = ()
     listed: bool = False
+    description: str | None = None
     source: str | None = None
     revision: str | None = None
 
@@ -113,8 +115,16 @@ class Adapter:
 
     @cached_property
     def key(self) -> str:
-        """The digest by which engines, workers and replicas agree on it: example prompts count, the name does not."""
-        return adapter_key(self.digest, examples_text(self.examples) if self.examples else None)
+        """The digest by which engines, workers and replicas agree on it: example prompts and the description count, the
+        name does not."""
+        said = examples_text(self.examples) if self.examples else b""
+        if self.description is not None:
+            said += self.description.encode()
+        return adapter_key(self.digest, said or None)
+
+    def unsaid(self) -> Adapter:
+        """The adapter without example prompts and description."""
+        return replace(self, examples=(), description=None)
 
     def fit(self, layout: BaseLayout, model: nn.Module | None = None, *, skeleton: bool = False) -> Adapter:
         """The same adapter with its modules under the base model's own paths.
@@ -291,7 +301,17 @@ def open_adapter(
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
     activation = noted(folder, Activation(config.invocation), top)
-    return Adapter(name, folder, config, modules, file, activation, copies, folder_examples(folder))
+    return Adapter(
+        name=name,
+        folder=folder,
+        config=config,
+        modules=modules,
+        file=file,
+        activation=activation,
+        copies=copies,
+        examples=folder_examples(folder),
+        description=folder_description(folder),
+    )
 
 
 def finite(tensor: torch.Tensor) -> bool:

@@ -1,9 +1,10 @@
-"""Example prompts of an adapter: a few prompts of its task, without answers.
+"""What is said about an adapter: example prompts of its task, without answers, and a description in a sentence.
 
     <adapter>/examples.jsonl        one JSON object per line: `{"prompt": "..."}`
+    <adapter>/logo.yaml             description: Names the emotion of a tweet.
 
-A prompt that is like them selects the adapter. Any number is used, in any wordings; the base model reads each once.
-They are read from the adapter's folder, and are never sent anywhere.
+A prompt that is like the examples selects the adapter. Any number is used, in any wordings; the base model reads each
+once. Only a text encoder reads the description. Both are read from the adapter's folder, and are never sent anywhere.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from logo.adapters.peft import EXAMPLES
+from logo.adapters.peft import EXAMPLES, RECORD
 from logo.errors import DataError
 from logo.files import replace_file
 
@@ -28,6 +30,33 @@ def folder_examples(folder: Path) -> tuple[str, ...]:
     except DataError as error:
         warnings.warn(f"{error}; the examples are left out", UserWarning, stacklevel=2)
         return ()
+
+
+def folder_description(folder: Path) -> str | None:
+    """The description beside an adapter, which is used without if it cannot be read (with a warning)."""
+    import yaml
+
+    file = folder / RECORD
+    try:
+        content = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        warnings.warn(f"{file}: cannot be read ({reason}); the description is left out", UserWarning, stacklevel=2)
+        return None
+    description = content.get("description") if isinstance(content, dict) else None
+    if description is None or is_text(description):
+        return description
+    warnings.warn(
+        f"{file}: description: expected a text, found {description!r}; it is left out", UserWarning, stacklevel=2
+    )
+    return None
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that says something."""
+    return isinstance(value, str) and bool(value.strip())
 
 
 def read_examples(file: Path) -> list[str]:

@@ -9,6 +9,7 @@
       digest: <of what it does>     of weights, scales and where it acts (`Adapter.digest`); default: not checked
       examples_sha256: <of those in the adapter's folder>    default: not checked
       examples: [a prompt]          default: those in the adapter's folder (`logo.adapters.examples`); []: none
+      description: <a sentence>     what it does; default: that in the adapter's folder
 
 `logo pool lock` writes revisions and digests, so that opening the manifest gives the same adapters everywhere, or an
 error that says what has changed. By hand, `- org/repo` is enough for an adapter.
@@ -24,7 +25,7 @@ from typing import Any
 
 from logo.adapters.activation import checked_k
 from logo.adapters.adapter import Adapter
-from logo.adapters.examples import examples_sha256
+from logo.adapters.examples import examples_sha256, is_text
 from logo.adapters.peft import CONFIG, EXAMPLES, NOTES
 from logo.errors import AdapterError, StorageError, UsageError
 from logo.files import replace_file
@@ -43,14 +44,17 @@ class Entry:
     digest: str | None = None
     examples_sha256: str | None = None
     examples: tuple[str, ...] | None = None
+    description: str | None = None
 
     def checked(self, adapter: Adapter) -> Adapter:
-        """The adapter with the entry's examples. Raises AdapterError if it does not do what that of the entry did."""
+        """The adapter with what the entry says of it. Raises AdapterError if it does not do what that of the entry did."""
         if self.sha256 is not None and adapter.sha256 != self.sha256:
             raise self._changed(adapter, adapter.file.path.name, "sha256", self.sha256, adapter.sha256)
         if self.digest is not None and adapter.digest != self.digest:
             what = f"{CONFIG}, or a {NOTES} in or above its folder,"
             raise self._changed(adapter, what, "digest", self.digest, adapter.digest)
+        if self.description is not None:
+            adapter = replace(adapter, description=self.description)
         if self.examples is not None:
             return replace(adapter, examples=self.examples, listed=True)
         if self.examples_sha256 is not None:
@@ -119,11 +123,7 @@ def _written(entry: Entry) -> dict[str, Any]:
 
 def is_line(value: Any) -> bool:
     """Whether a manifest can hold this as a name or a source: a text of one line."""
-    return _is_text(value) and value.isprintable()
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return is_text(value) and value.isprintable()
 
 
 def _entry(content: Any, number: int) -> Entry:
@@ -148,5 +148,6 @@ _KINDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "sha256": _SHA256,
     "digest": (lambda one: isinstance(one, str) and re.fullmatch("[0-9a-f]{32}", one), "32 hexadecimal digits"),
     "examples_sha256": _SHA256,
-    "examples": (lambda all_: isinstance(all_, list) and all(map(_is_text, all_)), "a list of texts"),
+    "examples": (lambda all_: isinstance(all_, list) and all(map(is_text, all_)), "a list of texts"),
+    "description": (is_text, "a text"),
 }

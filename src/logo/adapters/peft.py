@@ -8,7 +8,7 @@ refused with the name of the setting, since ignoring it would change answers.
     <pool>/<adapter>/adapter_config.json        PEFT's configuration
                      adapter_model.safetensors  PEFT's weights, or adapter_model.bin
                      examples.jsonl             example prompts (`logo.adapters.examples`)
-                     logo.yaml                  how it was trained (`logo.training`)
+                     logo.yaml                  how it was trained (`logo.training`), and a description
 """
 
 from __future__ import annotations

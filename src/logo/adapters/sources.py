@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from logo.adapters.activation import read_notes
 from logo.adapters.adapter import Adapter, open_adapter, own_name
 from logo.adapters.manifest import SUFFIXES, Entry, read_manifest
-from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, PICKLE, SAFETENSORS
+from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, PICKLE, RECORD, SAFETENSORS
 from logo.errors import AdapterError, HubError, LeftOut, PoolError, StorageError, UsageError, check_type
 from logo.hub import DownloadOptions, download_files, is_hub_spec, is_lasting, split_hub_spec
 from logo.models import DEMO, DEMO_FOLDER, OFFICIAL_MODELS
@@ -47,7 +47,7 @@ class PoolOptions(DownloadOptions, total=False):
         on_bad_adapter: `"error"` refuses a pool with a bad adapter; `"skip"` leaves it out, the reason is in `refused`.
         allow_pickle: also download and read pickled weights (`adapter_model.bin`), if there is no safetensors file.
         verify: read all tensors now and check them for NaN and Inf. Default: if the pool is small (256 MiB).
-        examples: under `"ignore"`, the adapters have no example prompts.
+        examples: under `"ignore"`, the adapters have no example prompts and no descriptions.
     """
 
     on_bad_adapter: OnBadAdapter
@@ -407,7 +407,7 @@ def download_adapters(
 
 def adapter_patterns(folder: str, allow_pickle: bool) -> list[str]:
     """Globs of adapter files at or below a folder, and of every `pool.json` above, which may say where these act."""
-    names = [CONFIG, SAFETENSORS, NOTES, EXAMPLES, *([PICKLE] if allow_pickle else [])]
+    names = [CONFIG, SAFETENSORS, NOTES, EXAMPLES, RECORD, *([PICKLE] if allow_pickle else [])]
     escaped = glob.escape(folder)
     root = f"{escaped}/" if folder else ""
     parts = escaped.split("/") if folder else []

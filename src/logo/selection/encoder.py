@@ -1,7 +1,7 @@
-"""A text encoder as evidence: how similar prompts are to an adapter's example prompts, read by a second, small model.
+"""A text encoder as evidence: how similar prompts are to what is said about an adapter, read by a second, small model.
 
 An encoder is any model that sentence-transformers loads. It reads the text that is probed. With the mean `m` of the
-unit vectors of an adapter's examples,
+unit vectors of an adapter's example prompts and of its description,
 
     e_i(x) = cos(x, m_i)
 
@@ -45,13 +45,13 @@ NO_TEXTS: Embedded = MappingProxyType({})
 
 @dataclass(frozen=True)
 class EncodedExamples:
-    """The example prompts of a pool as a text encoder reads them.
+    """The example prompts and descriptions of a pool's adapters as a text encoder reads them.
 
     Attributes:
         model: of `embed`.
         text_of: the text of token ids.
-        centres: (adapters with examples, d), unit vectors.
-        known: (adapters,) bool, in pool order: those that have examples.
+        centres: (adapters with such texts, d), unit vectors.
+        known: (adapters,) bool, in pool order: those that have some.
         spread: the standard deviation of the similarities of ordinary texts to each other.
     """
 
@@ -66,17 +66,16 @@ class EncodedExamples:
         cls,
         model: str,
         text_of: Callable[[Sequence[int]], str],
-        examples: Sequence[Sequence[Sequence[int]]],
-        ordinary: Sequence[Sequence[int]],
+        said: Sequence[Sequence[str]],
+        ordinary: Sequence[str],
         store: Store,
     ) -> EncodedExamples | None:
-        """From the token ids of each adapter's example prompts, in pool order, and of ordinary texts, all cut to the
-        window; None if no adapter has any. What is read is kept in the store. Errors as `embed`."""
-        known = torch.tensor([bool(rows) for rows in examples])
+        """From the texts that are said about each adapter, in pool order, and ordinary texts, all of them cut to the
+        window; None if nothing is said of any adapter. What is read is kept in the store. Errors as `embed`."""
+        known = torch.tensor([bool(texts) for texts in said])
         if not known.any():
             return None
-        groups = [[text_of(row) for row in rows] for rows in (ordinary, *filter(None, examples))]
-        usual, *own = _stored(model, groups, store)
+        usual, *own = _stored(model, [ordinary, *filter(None, said)], store)
         store.release("encoded")
         centres = normalize(torch.stack([vectors.mean(dim=0) for vectors in own]), dim=1)
         return cls(model, text_of, centres, known, spread_of(usual[None]))

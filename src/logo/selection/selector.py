@@ -3,22 +3,27 @@
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
 adaptive   w = p · sharp + (1 - p) · broad
 
-    spread      = √(variance of the other scores + (1 + 4 / others) · CHANCE²)
-    evidence    = best score - mean of the better half of all others     for responses
-                = (best score - mean of the next five) / spread          if example prompts contribute
+    others      = all adapters but the best two
+    spread      = 1                                                          for responses
+                = √((n variance of the others' scores + 2 · APART²) / (n + 2) · (1 + 1/n))      n others
+                                                                             if example prompts contribute
+    evidence    = (best score - mean score of the others) / spread
     p           = 1 / (1 + exp(-steepness · (evidence - even) - logit(prior) + logit(0.8)))       the confidence
     sharp_i     ∝ exp(score_i / (sharpness · spread)), and its sum is 1
     broad_i     ∝ exp(score_i / (breadth · spread)), and its sum is 1 / (1 + size / HALVED)
     size        = mean over broad of the adapters' sizes: mean over points of ‖ΔW_i‖_F / ‖W‖_F      ΔW_i = s_i B_i A_i
 
-So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter. Scores
-grow with the training, the rank and the modules of a pool's adapters, on their own prompts and on all others. So their
-unit is how far scores of this pool lie apart on the texts of its calibration (`logo.selection.scorer`), and a margin to
-half of the pool means the same with few adapters and with many. Where example prompts contribute, a margin counts in
-units of the other scores' spread besides: their scores fall when a prompt is worded unlike the adapter's own, and an
-absolute margin would take that for doubt. On prompts that are no task's, all scores lie as close together as they do by
-chance. `steepness`, `even`, `sharpness` and `breadth` belong to a kind of score; docs/how-selection-works.md says on
-which rows they were chosen, and how well they hold elsewhere.
+So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter. The
+second adapter does not count among the others, because it may be a relative of the best one, or another version of it.
+
+Scores grow with the training, the rank and the modules of a pool's adapters, on their own prompts and on all others. So
+the unit of responses is how far apart scores of this pool lie on the texts of its calibration (`logo.selection.scorer`),
+and their margin is taken as it is. Scores to which example prompts contribute fall when a prompt is worded unlike the
+adapter's own, and a margin in that unit would take this for doubt. So their margin counts in units of how far apart the
+others lie on this prompt, as the predictive distribution of a normal sample has it: a few scores that happen to lie
+close together say little about the next one, so two more count that lie `APART`. `steepness`, `even`, `sharpness` and
+`breadth` belong to a kind of score; docs/how-selection-works.md says on which rows they were chosen, and how well they
+hold elsewhere.
 """
 
 from __future__ import annotations
@@ -36,10 +41,8 @@ from logo.adapters.pool import AdapterPool
 from logo.core import Forced, Options, Selection
 from logo.errors import LoGoError, NotFinite, PoolError, Unsure, UsageError, check_type, closest
 
-# How many adapters behind the best one the mean is taken over if example prompts contribute.
-FIELD = 5
-# How far apart scores lie on texts that are nobody's, roughly.
-CHANCE = 0.3
+# How far apart scores of adapters that were not made for a prompt usually lie, and how many adapters this counts as.
+APART, USUAL_COUNT = 1.2, 2
 # If the adapters of a broad mixture have this relative size, its weights sum to one half: adapters that were not made
 # for a prompt disturb the base model.
 HALVED = 0.08
@@ -63,7 +66,7 @@ class Evidence:
     Attributes:
         steepness: how fast the confidence grows with the evidence.
         even: the evidence at which it is one half, for the usual prior.
-        spreads: whether the margin is that to the next five adapters, in units of the spread; or else to half of all.
+        spreads: whether the margin counts in units of how far apart the others lie.
         sharpness: softmax temperature of the sharp mixture, in units of the spread: nearly equal adapters share the
             weight.
         breadth: that of the broad mixture.
@@ -76,24 +79,33 @@ class Evidence:
     breadth: float
 
     def spread(self, ranked: Sequence[float]) -> float:
-        """How far apart the scores of the adapters behind the best one lie, of scores sorted with the best first."""
-        others = ranked[1:]
-        return math.sqrt(np.var(others) + (1 + 4 / len(others)) * CHANCE**2) if others else CHANCE
+        """The unit of a margin, from scores (adapters,), sorted with the best first."""
+        others = _others(ranked)
+        if not self.spreads or not others:
+            return 1.0
+        count = len(others)
+        variance = (count * np.var(others) + USUAL_COUNT * APART**2) / (count + USUAL_COUNT)
+        return math.sqrt(variance * (1 + 1 / count))
 
     def confidence(self, ranked: Sequence[float], prior: float = PRIOR) -> float:
         """The confidence that scores (adapters,), sorted with the best first, give; the prior for a single adapter."""
-        if len(ranked) == 1:
+        others = _others(ranked)
+        if not others:
             return prior
-        behind = ranked[1 : 1 + (FIELD if self.spreads else len(ranked) // 2)]
-        margin = ranked[0] - sum(behind) / len(behind)
-        evidence = margin / self.spread(ranked) if self.spreads else margin
+        margin = ranked[0] - sum(others) / len(others)
+        evidence = margin / self.spread(ranked)
         odds = self.steepness * (evidence - self.even) + math.log(prior / (1 - prior)) - _USUAL_LOGIT
         return float(1 / (1 + math.exp(-max(-60.0, min(60.0, odds)))))
 
 
+def _others(ranked: Sequence[float]) -> Sequence[float]:
+    """The scores behind the best two; of two adapters, the second one's."""
+    return ranked[2:] or ranked[1:]
+
+
 # For scores of responses, and for those to which example prompts contribute, whose order is more reliable.
-RESPONSES = Evidence(steepness=4.2, even=2.25, spreads=False, sharpness=0.25, breadth=2.5)
-EXAMPLES = Evidence(steepness=1.25, even=1.65, spreads=True, sharpness=0.5, breadth=1.0)
+RESPONSES = Evidence(steepness=4.0, even=3.0, spreads=False, sharpness=0.22, breadth=2.25)
+EXAMPLES = Evidence(steepness=0.65, even=3.2, spreads=True, sharpness=0.5, breadth=1.0)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from logo.adapters.activation import Activation
-from logo.adapters.examples import examples_sha256, examples_text
+from logo.adapters.examples import examples_sha256, examples_text, folder_description
 from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, RECORD
 from logo.adapters.write import activation_note, save_adapter
 from logo.errors import DataError, NotFinite, StorageError, UsageError, is_out_of_memory
@@ -266,7 +266,9 @@ def _write(job: Job, base_model: str, fitted: Fitted, record: Record) -> None:
     replaced = [NOTES] if job.prompts_stay else [NOTES, EXAMPLES]
     with new_folder(folder, replaced=replaced) as new:
         save_adapter(new, {name: tensor.cpu() for name, tensor in fitted.tensors.items()}, values, note)
-        _write_notes(new, record, () if job.prompts_stay else task.prompts)
+        description = folder_description(folder)
+        said = {} if description is None else {"description": description}
+        _write_notes(new, {**record, **said}, () if job.prompts_stay else task.prompts)
         if job.own_prompts and not job.prompts_stay:
             files = [folder / name for name in (EARLIER_PROMPTS, EXAMPLES)]
             earlier = b"".join(file.read_bytes().rstrip(b"\n") + b"\n" for file in files if file.exists())

@@ -74,17 +74,29 @@ def _check_lines(adapter: Adapter, manifest: Path) -> None:
 
 
 def _entry(adapter: Adapter, manifest: Path, before: Manifest) -> Entry:
-    """The entry of an adapter, with the example prompts that it had in the manifest before."""
+    """The entry of an adapter, with the example prompts and the description that it had in the manifest before."""
     source = _source(adapter, manifest)
-    examples = adapter.examples if adapter.listed else _listed_examples(adapter.name, source, before)
+    earlier = _earlier(adapter.name, source, before)
+    examples = earlier.examples
+    if adapter.listed:
+        examples = adapter.examples
     beside = examples_sha256(adapter.examples) if examples is None and adapter.examples else None
-    return Entry(source, adapter.name, adapter.revision, adapter.sha256, adapter.digest, beside, examples)
+    return Entry(
+        source=source,
+        name=adapter.name,
+        revision=adapter.revision,
+        sha256=adapter.sha256,
+        digest=adapter.digest,
+        examples_sha256=beside,
+        examples=examples,
+        description=adapter.description or earlier.description,
+    )
 
 
-def _listed_examples(name: str, source: str, before: Manifest) -> tuple[str, ...] | None:
-    """The example prompts in a manifest under a name, or else under a source; None if it lists none."""
-    listed = {entry.name or entry.source.removeprefix("./"): entry.examples for entry in before.entries}
-    return listed.get(name, listed.get(source.removeprefix("./")))
+def _earlier(name: str, source: str, before: Manifest) -> Entry:
+    """The entry of a manifest under a name, or else under a source; one that says nothing if there is none."""
+    named = {entry.name or entry.source.removeprefix("./"): entry for entry in before.entries}
+    return named.get(name) or named.get(source.removeprefix("./")) or Entry(source)
 
 
 def _sources(text: str) -> list[Source]:
