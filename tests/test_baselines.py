@@ -23,7 +23,7 @@ import tiny
 from encoders import HeldEncoder
 from logo import LoGo, Selection
 from logo.adapters.examples import write_examples
-from logo.adapters.peft import EXAMPLES
+from logo.adapters.peft import EXAMPLES, RECORD
 from logo.baselines import Method, Task, get_method, get_methods
 from logo.baselines.best_single import labelled
 from logo.baselines.lorahub import minimise, objective
@@ -34,7 +34,7 @@ from logo.demo import heldout
 from logo.errors import DataError, HubError, LoGoError, ModelError, UsageError
 from logo.rows import Row
 from logo.scoring import Scored
-from logo.selection.evidence import FEW_KNOWN, KINDS, Kind
+from logo.selection.evidence import FEW_KNOWN, KINDS, RESPONSE, Kind
 from logo.selection.settings import SelectionSettings
 from make_adapters import edit_weights, write_peft
 from test_engine import PROMPTS, engine, hooks, write_adapter
@@ -461,6 +461,51 @@ def test_an_adapter_without_examples_is_judged_by_evidence_that_it_lacks(
         logo.only(["encoder"]).select(prompt)
     with pytest.raises(UsageError, match="evidence 'examples': expected example prompts of adapters, found none"):
         engine(llama, folder, signal="calibrated", examples="ignore").only(["examples"]).select(prompt)
+
+
+def test_a_description_is_evidence_for_a_text_encoder(
+    llama: nn.Module, pool: Path, sentences: str, tmp_path: Path
+) -> None:
+    """It counts as one more example. Of adapters without examples, the base model knows nothing but responses."""
+    folder = shutil.copytree(pool, tmp_path / "pool")
+    for name in ("t2", "t3"):
+        (folder / name / EXAMPLES).unlink()
+    described = {"t0": "Counts the vowels of a word.", "t3": "Says what the weather is like."}
+    for name, description in described.items():
+        (folder / name / RECORD).write_text(f"description: {description}\n", encoding="utf-8")
+    logo = engine(llama, folder, signal="calibrated", encoder=sentences)
+    said = {name: [*SAMPLES[name]] for name in ("t0", "t1")}
+    for name, description in described.items():
+        said.setdefault(name, []).append(description)
+    texts = [logo.prompts.text_of(row) for row in logo.prompts.texts(PROMPTS)]
+    names = sorted(said)
+    means = torch.stack([vectors(sentences, said[name]).mean(dim=0) for name in names])
+    cosines = vectors(sentences, texts) @ torch.nn.functional.normalize(means, dim=1).T
+    found = logo.only(["encoder"]).select(PROMPTS)
+    scores = torch.tensor([[selection.scores[name] for name in names] for selection in found])
+    torch.testing.assert_close(scores, cosines * (scores.norm() / cosines.norm()), atol=1e-3, rtol=1e-3)
+
+    for file in folder.rglob(EXAMPLES):
+        file.unlink()
+    alone = engine(llama, folder, signal="calibrated", encoder=sentences)
+    for by_all, by_responses, by_encoder in zip(
+        alone.select(PROMPTS),
+        alone.only(["responses"]).select(PROMPTS),
+        alone.only(["encoder"]).select(PROMPTS),
+        strict=True,
+    ):
+        mean = sum(by_responses.scores.values()) / len(alone.names)
+        for name, score in by_all.scores.items():
+            response = by_responses.scores[name]
+            if name in described:
+                expected = RESPONSE * response + (response - mean) + by_encoder.scores[name]
+                assert score == pytest.approx(expected, rel=1e-4)
+    assert by_all.confidence is not None
+    with pytest.raises(UsageError, match="evidence 'examples': expected example prompts of adapters, found none"):
+        alone.only(["examples"]).select(PROMPTS[0])
+    ignored = engine(llama, folder, signal="calibrated", encoder=sentences, examples="ignore")
+    with pytest.raises(UsageError, match="evidence 'encoder'"):
+        ignored.only(["encoder"]).select(PROMPTS[0])
 
 
 def test_an_encoder_that_cannot_be_loaded_is_refused_first(llama: nn.Module, pool: Path) -> None:

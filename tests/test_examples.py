@@ -14,8 +14,8 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo
-from logo.adapters.examples import folder_examples, write_examples
-from logo.adapters.peft import EXAMPLES
+from logo.adapters.examples import folder_description, folder_examples, write_examples
+from logo.adapters.peft import EXAMPLES, RECORD
 from logo.adapters.sources import adapter_patterns
 from logo.cli.app import run
 from logo.cli.pool.publish import contents_of
@@ -243,6 +243,24 @@ def test_a_file_that_makes_no_sense_is_a_warning(llama: nn.Module, folder: Path)
         (folder / "t0" / EXAMPLES).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.warns(UserWarning, match=reason):
             assert folder_examples(folder / "t0") == ()
+
+
+def test_a_description_is_a_text_beside_the_adapter(llama: nn.Module, folder: Path) -> None:
+    assert folder_description(folder / "t0") is None
+    file = folder / "t0" / RECORD
+    file.write_text("config: {}\n")
+    assert folder_description(folder / "t0") is None
+    file.write_text("description: Says – in a word – what it is.\nconfig: {}\n", encoding="utf-8")
+    assert folder_description(folder / "t0") == "Says – in a word – what it is."
+    for content, reason in (
+        ("description: [a", "cannot be read .*; the description is left out"),
+        ("description: 3", "description: expected a text, found 3; it is left out"),
+        ("description: ''", "description: expected a text, found ''; it is left out"),
+        ("description: !!python/object/apply:os.getcwd []", "cannot be read .*; the description is left out"),
+    ):
+        file.write_text(content)
+        with pytest.warns(UserWarning, match=reason):
+            assert folder_description(folder / "t0") is None
 
 
 def test_examples_may_be_many_and_have_no_answers(folder: Path) -> None:

@@ -43,6 +43,27 @@ def refusal() -> str:
     return str(caught.value)
 
 
+def test_a_manifest_describes_adapters(pool: Path) -> None:
+    """A description of the adapter's folder gives way to the manifest's, which stays when it is written again."""
+    (pool / "a" / "logo.yaml").write_text("description: Its own.\n")
+    assert [entry.description for entry in locked().entries] == ["Its own.", None, None]
+    keys = [adapter.key for adapter in AdapterPool.open("pool.yaml")]
+    file = Path("pool.yaml")
+    file.write_text(
+        file.read_text().replace("description: Its own.", "description: Said here.") + "  description: C.\n"
+    )
+    opened = AdapterPool.open("pool.yaml")
+    assert [adapter.description for adapter in opened] == ["Said here.", None, "C."]
+    assert [adapter.key == key for adapter, key in zip(opened, keys, strict=True)] == [False, True, False]
+    ignored = AdapterPool.open("pool.yaml", examples="ignore")
+    assert all(adapter.description is None for adapter in ignored)
+    assert [entry.description for entry in locked("pool.yaml").entries] == ["Said here.", None, "C."]
+    assert [entry.description for entry in locked("mine").entries] == ["Said here.", None, "C."]
+    file.write_text("adapters:\n- {source: mine/a, description: [word]}\n")
+    with pytest.raises(UsageError, match=r"entry 1: description: expected a text, found \['word'\]"):
+        AdapterPool.open("pool.yaml")
+
+
 def test_a_manifest_gives_the_same_weights_or_says_what_changed(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(entry.name, entry.source) for entry in locked().entries] == [(name, f"./mine/{name}") for name in NAMES]
     assert "pool.yaml: 3 adapters" in capsys.readouterr().out

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from logo.core import Options, Selection
 from logo.errors import ModelError, NotFinite, PoolError, Unsure
 from logo.selection.selector import (
-    CHANCE,
+    APART,
     EXAMPLES,
     HALVED,
     LEAST,
     PRIOR,
     RESPONSES,
     UNSURE,
+    USUAL_COUNT,
     USUAL_SIZE,
     Evidence,
     Selector,
@@ -73,7 +74,7 @@ def test_linear_weights_are_the_papers() -> None:
     assert select([-1.0, 2.0, 1.0]).weights == pytest.approx((2 / 3, 1 / 3, 0))
 
 
-REST = [1.2, 1.0, 0.8, 0.5, 0.3, 0.0, -0.4]  # the mean of the first five: 0.76
+REST = [1.2, 1.0, 0.8, 0.5, 0.3, 0.0, -0.4]
 
 
 def confidence(*ranked: float, evidence: Evidence = RESPONSES, prior: float = PRIOR) -> float:
@@ -82,18 +83,22 @@ def confidence(*ranked: float, evidence: Evidence = RESPONSES, prior: float = PR
 
 @pytest.mark.parametrize("evidence", [RESPONSES, EXAMPLES])
 def test_the_confidence_is_the_formula(evidence: Evidence) -> None:
-    spread = math.sqrt(np.var(REST) + (1 + 4 / 7) * CHANCE**2) if evidence.spreads else 1.0
-    behind = sum(REST[:5]) / 5 if evidence.spreads else sum(REST[:4]) / 4
-    assert confidence(behind + evidence.even * spread, *REST, evidence=evidence) == pytest.approx(0.5)
+    others = REST[1:]  # the best two do not count
+    predictive = math.sqrt((6 * np.var(others) + USUAL_COUNT * APART**2) / (6 + USUAL_COUNT) * (1 + 1 / 6))
+    spread = predictive if evidence.spreads else 1.0
+    mean = sum(others) / 6
+    assert confidence(mean + evidence.even * spread, *REST, evidence=evidence) == pytest.approx(0.5)
     odds = evidence.steepness * (2.5 - evidence.even)
-    assert confidence(behind + 2.5 * spread, *REST, evidence=evidence) == pytest.approx(1 / (1 + math.exp(-odds)))
+    assert confidence(mean + 2.5 * spread, *REST, evidence=evidence) == pytest.approx(1 / (1 + math.exp(-odds)))
     lower = [score - 30 for score in (2.0, *REST)]  # the same margin
     assert confidence(*lower, evidence=evidence) == pytest.approx(confidence(2.0, *REST, evidence=evidence))
+    only_two = (confidence(2.0, 1.0, evidence=evidence), confidence(2.0, 1.9, evidence=evidence))
+    assert only_two[0] > only_two[1]
 
 
 def test_scores_in_other_words_are_as_sure_if_example_prompts_contribute() -> None:
     """All their scores fall. But scores that are no further apart than by chance are no evidence."""
-    usual = [20.0, *(10 * score for score in REST)]
+    usual = [100.0, *(20 * score for score in REST)]
     for times in (2, 4, 8):
         louder = [times * score for score in usual]
         assert confidence(*louder, evidence=EXAMPLES) == pytest.approx(confidence(*usual, evidence=EXAMPLES), abs=0.05)
@@ -102,17 +107,22 @@ def test_scores_in_other_words_are_as_sure_if_example_prompts_contribute() -> No
         assert confidence(*quiet, evidence=evidence) < 0.2 < confidence(*usual, evidence=evidence)
 
 
-def test_related_adapters_behind_the_best_make_a_selection_of_many_no_less_sure() -> None:
-    """A margin of responses is that to half of the pool, so that neither few relatives nor the size of a pool count."""
-    many = [4.0, *([0.0] * 40)]
-    assert confidence(4.0, *([0.0] * 5)) == pytest.approx(confidence(*many))
-    assert confidence(4.0, 2.0, 2.0, *([0.0] * 38)) > 0.9 * confidence(*many)
+@pytest.mark.parametrize("evidence", [RESPONSES, EXAMPLES])
+def test_a_margin_means_the_same_in_pools_of_any_size(evidence: Evidence) -> None:
+    """Also of two or three adapters, whose scores may lie close together by chance."""
+    others = [1.2, -1.2, *[0.6, -0.6] * 20]
+    sure = evidence.even + 4
+    for count in (1, 2, 4, 8, 40):
+        ranked = sorted(others[:count], reverse=True)
+        assert confidence(0.8, *ranked, evidence=evidence) < 0.3
+        assert confidence(3 * sure, 0.0, *ranked, evidence=evidence) > 0.9
 
 
-def test_two_versions_of_one_adapter_do_not_make_each_other_unsure() -> None:
+@pytest.mark.parametrize("evidence", [RESPONSES, EXAMPLES])
+def test_two_versions_of_one_adapter_do_not_make_each_other_unsure(evidence: Evidence) -> None:
     for best in (4.0, 6.0, 8.0):
-        alone = confidence(best, *REST, evidence=EXAMPLES)
-        assert confidence(best, best, *REST, evidence=EXAMPLES) > 0.5 * alone
+        alone = confidence(best, *REST, evidence=evidence)
+        assert confidence(best, best, *REST, evidence=evidence) == pytest.approx(alone, abs=0.06)
 
 
 @given(SCORES, st.floats(0, 5), st.floats(0.01, 0.99), st.sampled_from([RESPONSES, EXAMPLES]))

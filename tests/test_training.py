@@ -667,6 +667,19 @@ def test_example_prompts_of_another_adapter_do_not_become_those_of_a_new_one(
     assert read_examples(folder / f"{FILES[2]}.old") == ["an earlier one", "a prompt of a"]
 
 
+def test_a_description_stays_with_an_adapter_of_the_same_task(copied: Path, given: Given, tmp_path: Path) -> None:
+    record = copied / "b" / FILES[3]
+    record.write_text(f"{record.read_text()}description: Counts words.\n")
+    tasks = shutil.copytree(given[1], tmp_path / "tasks")
+    write_rows(tasks / "b.jsonl", rows(12, 77))
+    assert run([*command(given[0], tasks, copied), "--tasks", "b", "--overwrite"]) == 0
+    assert AdapterPool.open(copied)["b"].description == "Counts words."
+    shutil.rmtree(copied / "a")
+    shutil.copytree(copied / "b", copied / "a")
+    assert run([*command(given[0], tasks, copied), "--tasks", "a", "--overwrite"]) == 0
+    assert AdapterPool.open(copied)["a"].description is None  # it was said of the adapter that is replaced
+
+
 @pytest.mark.filterwarnings("always")
 def test_example_prompts_that_were_given_by_hand_stay_and_that_is_said_if_rows_are_others(
     copied: Path, given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ import torch
 from encoders import HeldEncoder, write_encoder
 from logo import LoGo
 from logo.adapters.examples import write_examples
-from logo.adapters.peft import EXAMPLES
+from logo.adapters.peft import EXAMPLES, RECORD
 from logo.core import Prompt
 from logo.errors import ModelError
 from logo.models import DEMO_FOLDER
@@ -33,11 +33,15 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's, of which every second adapter has no examples."""
+    """The demo's, of which every second adapter has no examples, and every fourth a description instead."""
     folder = tmp_path_factory.mktemp("pool")
     shutil.copytree(DEMO_FOLDER / "adapters", folder, dirs_exist_ok=True)
-    for file in sorted(folder.rglob(EXAMPLES))[::2]:
+    without = sorted(folder.rglob(EXAMPLES))[::2]
+    for file in without:
         file.unlink()
+    for file in without[::2]:
+        description = f"description: Does what {file.parent.name} says.\n"
+        (file.parent / RECORD).write_text(description, encoding="utf-8")
     return folder
 
 

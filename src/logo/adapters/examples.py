@@ -4,7 +4,7 @@
     <adapter>/logo.yaml             description: Names the emotion of a tweet.
 
 A prompt that is like the examples selects the adapter. Any number is used, in any wordings; the base model reads each
-once. Only a text encoder reads the description. Both are read from the adapter's folder, and are never sent anywhere.
+once. They are never sent anywhere. Only a text encoder reads the description.
 """
 
 from __future__ import annotations

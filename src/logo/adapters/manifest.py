@@ -47,7 +47,7 @@ class Entry:
     description: str | None = None
 
     def checked(self, adapter: Adapter) -> Adapter:
-        """The adapter with what the entry says of it. Raises AdapterError if it does not do what that of the entry did."""
+        """The adapter as the entry describes it. Raises AdapterError if it does not do what that of the entry did."""
         if self.sha256 is not None and adapter.sha256 != self.sha256:
             raise self._changed(adapter, adapter.file.path.name, "sha256", self.sha256, adapter.sha256)
         if self.digest is not None and adapter.digest != self.digest:

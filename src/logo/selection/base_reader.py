@@ -100,25 +100,29 @@ class BaseReader:
         return Reading.of(self.model, signal, Texts(neutral, requests), store)
 
     def _examples(self, reading: Reading, settings: SelectionSettings, adapters: Sequence[Adapter]) -> ExamplesRead:
-        """What is known of the example prompts of adapters."""
+        """What is known of the example prompts of adapters, and of their descriptions."""
+        encoded = self.encoded_examples(reading.signal, settings, adapters, reading.store)
         points = described_points(self.model, settings, reading.signal)
         if not points or not any(adapter.examples for adapter in adapters):
-            return ExamplesRead()
+            return ExamplesRead(encoded=encoded)
         rows = self._example_rows(reading.signal, adapters)
         ordinary = self._ordinary(reading.signal)
         described = examples_of(reading, ordinary, rows, points, self.device_at(points[0]), self.runner)
-        encoded = self.encoded_examples(reading.signal, settings, adapters, reading.store)
         return ExamplesRead(points, described, encoded)
 
     def encoded_examples(
         self, signal: Signal, settings: SelectionSettings, adapters: Sequence[Adapter], store: Store
     ) -> EncodedExamples | None:
-        """The example prompts of adapters as the text encoder of the settings reads them, which the store keeps; None
-        if there is no encoder, or if the signal or the settings use no examples."""
+        """The example prompts and descriptions of adapters as the text encoder of the settings reads them, which the
+        store keeps; None if there is no encoder, or if the signal or the settings use no examples."""
         if settings.encoder is None or self.text_of is None or not described_points(self.model, settings, signal):
             return None
-        rows = self._example_rows(signal, adapters)
-        return EncodedExamples.of(settings.encoder, self.text_of, rows, self._ordinary(signal), store)
+        said: list[list[str]] = []
+        for adapter, rows in zip(adapters, self._example_rows(signal, adapters), strict=True):
+            description = [] if adapter.description is None else [adapter.description]
+            said.append([*map(self.text_of, rows), *description])
+        ordinary = list(map(self.text_of, self._ordinary(signal)))
+        return EncodedExamples.of(settings.encoder, self.text_of, said, ordinary, store)
 
     def _ordinary(self, signal: Signal) -> list[list[int]]:
         """The texts with which those of adapters are compared."""

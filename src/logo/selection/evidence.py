@@ -5,7 +5,8 @@ An adapter is scored by up to three kinds of evidence, each in units of how far 
     r    its response to the prompt                            always             `logo.selection.reference`
     s    how similar the prompt is to its example prompts,     if it has some     `logo.selection.examples`
          as the base model reads them
-    e    the same, as a text encoder reads them                if there is one    `logo.selection.encoder`
+    e    the same, and to its description, as a text           if there is one    `logo.selection.encoder`
+         encoder reads them
 
     score_i = RESPONSE r_i + s_i + e_i
 
@@ -14,7 +15,8 @@ What an adapter lacks is estimated from its response, so that all scores are on 
     s_j = s̄ + r_j - r̄        s̄, r̄: means over the adapters that have it, the best of them left out
 
 where s̄ counts `FEW_KNOWN` adapters more, with evidence 0, as ordinary texts have. If a call names candidates, the means
-are those of the candidates alone. In a pool without example prompts, the score is the response.
+are those of the candidates alone. If no adapter has any, `s_j = r_j - r̄`; if nothing is said of any adapter, the score
+is the response.
 docs/how-selection-works.md has the measurements behind this.
 """
 
@@ -46,6 +48,26 @@ class Similarities:
 
     values: Tensor
     known: Tensor
+
+    @classmethod
+    def none(cls, rows: int, adapters: int) -> Similarities:
+        """Those of adapters that have no evidence of a kind."""
+        return cls(torch.zeros(rows, 0), torch.zeros(adapters, dtype=torch.bool))
+
+    @classmethod
+    def of_row(cls, values: Sequence[float | None]) -> Similarities:
+        """Those of one row, for all adapters in pool order; None: an adapter has none."""
+        found = [value for value in values if value is not None]
+        return cls(torch.tensor([found]), torch.tensor([value is not None for value in values]))
+
+    def rows(self) -> list[tuple[float | None, ...]]:
+        """The values of each row, as `of_row` takes them."""
+        at = self.known.nonzero()[:, 0].tolist()
+        rows = []
+        for values in self.values.tolist():
+            found = dict(zip(at, values, strict=True))
+            rows.append(tuple(found.get(adapter) for adapter in range(len(self.known))))
+        return rows
 
     def among(self, row: int, columns: Tensor) -> Similarities:
         """Those of one row, and of some adapters (adapters,) bool."""

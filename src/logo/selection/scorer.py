@@ -139,7 +139,7 @@ class Scorer:
         """Why there is no evidence of a kind, and what to do."""
         if self.calibration is None:
             return "the scores of this signal have no scale; use 'calibrated'"
-        if self.examples.described is None:
+        if kind == "examples" or not self.examples.kinds:
             return "expected example prompts of adapters, found none; give them some with `logo pool examples`"
         return "expected a text encoder, found none; name one with --encoder (Python: encoder=...)"
 
@@ -273,7 +273,11 @@ class Scorer:
         if any(allowed is not None for allowed in among):
             selectable = torch.tensor([[allowed is None or name in allowed for name in names] for allowed in among])
         described = self.examples.described
-        evidence = [described.similarities(descriptions)] if described is not None and descriptions else []
+        evidence: list[Similarities] = []
+        if described is not None and descriptions:
+            evidence.append(described.similarities(descriptions))
+        elif encoded is not None:
+            evidence.append(Similarities.none(len(tokens), len(names)))
         if encoded is not None:
             evidence.append(encoded)
         if not self.responses:
@@ -311,5 +315,5 @@ def _selector(
         return Selector(names, pool.default_k, None)
     touched = torch.tensor([[point.module in adapter.modules for point in calibration.points] for adapter in adapters])
     sizes = relative_sizes([index.updates for index in indices], calibration.weight_norms, touched).tolist()
-    evidence = RESPONSES if background.examples.described is None else EXAMPLES
+    evidence = EXAMPLES if background.examples.kinds else RESPONSES
     return Selector(names, pool.default_k, evidence, dict(zip(names, sizes, strict=True)))

@@ -16,14 +16,15 @@ adaptive   w = p · sharp + (1 - p) · broad
 So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter. The
 second adapter does not count among the others, because it may be a relative of the best one, or another version of it.
 
-Scores grow with the training, the rank and the modules of a pool's adapters, on their own prompts and on all others. So
-the unit of responses is how far apart scores of this pool lie on the texts of its calibration (`logo.selection.scorer`),
-and their margin is taken as it is. Scores to which example prompts contribute fall when a prompt is worded unlike the
-adapter's own, and a margin in that unit would take this for doubt. So their margin counts in units of how far apart the
-others lie on this prompt, as the predictive distribution of a normal sample has it: a few scores that happen to lie
-close together say little about the next one, so two more count that lie `APART`. `steepness`, `even`, `sharpness` and
-`breadth` belong to a kind of score; docs/how-selection-works.md says on which rows they were chosen, and how well they
-hold elsewhere.
+Scores grow with the training, the rank and the modules of a pool's adapters, on their own prompts and on all others.
+So the unit of responses is how far apart scores of this pool lie on the texts of its calibration
+(`logo.selection.scorer`), and their margin is taken as it is. Scores to which example prompts contribute fall when a
+prompt is worded unlike the adapter's own, and a margin in that unit would take this for doubt. So their margin counts
+in units of how far apart the others lie on this prompt, as the predictive distribution of a normal sample has it: a few
+scores that happen to lie close together say little about the next one, so two more count that lie `APART`.
+
+`steepness`, `even`, `sharpness` and `breadth` belong to a kind of score; docs/how-selection-works.md says on which rows
+they were chosen, and how well they hold elsewhere.
 """
 
 from __future__ import annotations

@@ -144,11 +144,15 @@ class Job:
 
     @property
     def prompts_stay(self) -> bool:
-        """Whether the example prompts there were given by hand, for an adapter of this task or before there was one.
-        Those of an adapter of another task, or of nobody knows what, would select the new adapter for the prompts of
-        the old one."""
-        if not self.own_prompts or self.standing is None:
-            return self.own_prompts
+        """Whether the example prompts there were given by hand, and are right for the new adapter."""
+        return self.own_prompts and self.is_of_this_task
+
+    @property
+    def is_of_this_task(self) -> bool:
+        """Whether what is said there was said of an adapter of this task, or before there was one. What is said of an
+        adapter of another task, or of nobody knows what, would select the new adapter for the prompts of the old."""
+        if self.standing is None:
+            return True
         if not self.standing:
             return False
         return f"/{Path(self.standing['rows']['file']).with_suffix('').as_posix()}".endswith(f"/{self.name}")
@@ -266,9 +270,10 @@ def _write(job: Job, base_model: str, fitted: Fitted, record: Record) -> None:
     replaced = [NOTES] if job.prompts_stay else [NOTES, EXAMPLES]
     with new_folder(folder, replaced=replaced) as new:
         save_adapter(new, {name: tensor.cpu() for name, tensor in fitted.tensors.items()}, values, note)
-        description = folder_description(folder)
-        said = {} if description is None else {"description": description}
-        _write_notes(new, {**record, **said}, () if job.prompts_stay else task.prompts)
+        description = folder_description(folder) if job.is_of_this_task else None
+        if description is not None:
+            record = {**record, "description": description}
+        _write_notes(new, record, () if job.prompts_stay else task.prompts)
         if job.own_prompts and not job.prompts_stay:
             files = [folder / name for name in (EARLIER_PROMPTS, EXAMPLES)]
             earlier = b"".join(file.read_bytes().rstrip(b"\n") + b"\n" for file in files if file.exists())

@@ -22,7 +22,7 @@ from logo.errors import LoGoError, ModelError, NotFinite, PoolError, UsageError
 from logo.files import Store, cache_folder
 from logo.selection.base_reader import BaseReader
 from logo.selection.encoder import load_encoder
-from logo.selection.selector import Evidence, Selector
+from logo.selection.selector import EXAMPLES, Evidence, Selector
 from logo.selection.signals import Signal
 from logo.vllm import plugin
 from logo.vllm.batched import Batched
@@ -41,8 +41,8 @@ Rows = Sequence[Sequence[int]]
 Among = Sequence[Collection[str] | None]
 Call = Callable[..., Awaitable[list[dict[str, Any]]]]
 Run = Callable[[Sequence[tuple[Sequence[int], Any, Any]]], Awaitable[list[Any]]]
-# What a text encoder says of a prompt's token ids, cut to the window, for the adapters with example prompts.
-Encoding = Batched[Sequence[int], tuple[float, ...]]
+# What a text encoder says of a prompt's token ids, cut to the window, for the adapters in pool order.
+Encoding = Batched[Sequence[int], tuple[float | None, ...]]
 # How often a prompt is probed that ran in a captured graph, which reads nothing.
 _TRIES = 3
 
@@ -167,9 +167,11 @@ class Engine:
         scorer = await self._opened_by_workers(pool, signal)
         facts = scorer["selector"]
         evidence = facts["evidence"] and Evidence(**facts["evidence"])
-        selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
         pool_signal = self.options.settings.signal_for(pool, signal)
-        encoding = await asyncio.to_thread(self._encoding, pool, selector.names, pool_signal)
+        encoding = await asyncio.to_thread(self._encoding, pool, facts["names"], pool_signal)
+        if encoding is not None:  # workers do not know of it
+            evidence = EXAMPLES
+        selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
         return OpenSignal(signal, pool_signal, tuple(scorer["points"]), selector, encoding)
 
     async def _opened_by_workers(self, pool: AdapterPool, signal: str) -> dict[str, Any]:
@@ -209,8 +211,8 @@ class Engine:
         if examples is None:
             return None
 
-        def similarities(rows: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-            return [tuple(values) for values in examples.similarities(rows).values.tolist()]
+        def similarities(rows: Sequence[Sequence[int]]) -> list[tuple[float | None, ...]]:
+            return examples.similarities(rows).rows()
 
         return Batched(lambda rows: asyncio.to_thread(similarities, rows))
 
@@ -275,7 +277,7 @@ class Engine:
         digest = served.pool.digest
         opened = served.opened[signal]
         windows = [opened.signal.windowed(row) for row in rows]
-        encoded: Sequence[tuple[float, ...] | None] = [None] * len(rows)
+        encoded: Sequence[tuple[float | None, ...] | None] = [None] * len(rows)
         if opened.encoding is not None and not without_examples:
             encoded = await asyncio.gather(*map(opened.encoding, windows))
         outcomes: list[Any] = [UNREAD] * len(rows)

@@ -65,7 +65,7 @@ class ProbeRequest:
     among: tuple[str, ...] | None = None  # the adapters that may be selected, others may have no score (-inf)
     without_examples: bool = False  # whether example prompts do not count
     alone: bool = False  # whether nobody may find its keys and values in vLLM's cache
-    encoded: tuple[float, ...] | None = None  # what a text encoder says of the adapters with example prompts
+    encoded: tuple[float | None, ...] | None = None  # what a text encoder says of the adapters, in pool order
 
     @property
     def path(self) -> str:

@@ -287,9 +287,7 @@ def _scores(reading: _PromptReading, scorer: Scorer) -> list[float]:
     probe = reading.span.probe
     descriptions = [] if probe.without_examples else [reading.means[i][None] for i in scorer.described]
     read = torch.tensor([len(reading.span.prompt) - reading.first])
-    encoded = None
-    if probe.encoded is not None and scorer.examples.described is not None:
-        encoded = Similarities(torch.tensor([probe.encoded]), scorer.examples.described.known)
+    encoded = None if probe.encoded is None else Similarities.of_row(probe.encoded)
     scores: list[float] = scorer.score_responses(per_point, descriptions, read, [probe.among], encoded)[0].tolist()
     return scores
 

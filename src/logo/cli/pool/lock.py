@@ -89,7 +89,7 @@ def _entry(adapter: Adapter, manifest: Path, before: Manifest) -> Entry:
         digest=adapter.digest,
         examples_sha256=beside,
         examples=examples,
-        description=adapter.description or earlier.description,
+        description=earlier.description or adapter.description,
     )
 
 
