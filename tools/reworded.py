@@ -1,13 +1,14 @@
 """The prompts of evaluation rows in other words: how far does a selection follow the wording of a prompt?
 
-    python tools/reworded.py ROWS OUT
+    python tools/reworded.py ROWS OUT --pool POOL
     logo eval study --base-model M --adapters POOL --rows OUT/training,OUT/cut,OUT/terse --save study
 
 ROWS has a file NAME.jsonl of `{"context": ..., "completion": ...}` rows per task, whose contexts are an instruction, an
 empty line, and `Field: text` lines of which the last is left open. OUT gets a folder of such files for each wording:
 `training` has the rows as they are, `cut` lacks the instruction (the first paragraph), and the others are those of
 tests/data/wordings.yaml, or of another such file (`--wordings`). Tasks in even positions of the sorted names are for
-choices; `--held-out` takes the others.
+choices; `--held-out` takes the others. Positions are counted among the tasks for which POOL has an adapter, and among
+the others apart, so that both halves have some of both.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -34,18 +36,26 @@ def reworded(wording: str, context: str) -> str:
     return wording.format(*(re.sub(r"^[\w ]{1,14}: ", "", line) for line in closed))
 
 
+def halved(tasks: Sequence[str], pool: Path, held_out: bool) -> list[str]:
+    """One half of the tasks with an adapter in a pool, and one of those without."""
+    with_adapter = sorted(task for task in tasks if (pool / task).is_dir())
+    without = sorted(set(tasks) - set(with_adapter))
+    first = int(held_out)
+    return with_adapter[first::2] + without[first::2]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--wordings", type=Path, default=WORDINGS)
+    parser.add_argument("--pool", type=Path, required=True)
     parser.add_argument("--held-out", action="store_true")
     options = parser.parse_args()
     of_tasks = yaml.safe_load(options.wordings.read_text(encoding="utf-8"))
-    for task in sorted(of_tasks)[int(options.held_out) :: 2]:
+    present = [task for task in of_tasks if (options.rows / f"{task}.jsonl").exists()]
+    for task in halved(present, options.pool, options.held_out):
         file = options.rows / f"{task}.jsonl"
-        if not file.exists():
-            continue
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         contexts = {"training": [row["context"] for row in rows], "cut": [cut(row["context"]) for row in rows]}
         for wording, text in of_tasks[task].items():

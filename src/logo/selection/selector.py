@@ -1,7 +1,7 @@
 """From scores to a `Selection`: the best adapters, how sure that is, and weights that follow from their scores.
 
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
-adaptive   w = p · sharp + (1 - p) · broad
+adaptive   w = q · sharp + (1 - q) · broad
 
     others      = all adapters but the best two
     spread      = 1                                                          for responses
@@ -9,12 +9,16 @@ adaptive   w = p · sharp + (1 - p) · broad
                                                                              if example prompts contribute
     evidence    = (best score - mean score of the others) / spread
     p           = 1 / (1 + exp(-steepness · (evidence - even) - logit(prior) + logit(0.8)))       the confidence
+    q           = boldness · p / (boldness · p + 1 - p)
     sharp_i     ∝ exp(score_i / (sharpness · spread)), and its sum is 1
     broad_i     ∝ exp(score_i / (breadth · spread)), and its sum is 1 / (1 + size / HALVED)
     size        = mean over broad of the adapters' sizes: mean over points of ‖ΔW_i‖_F / ‖W‖_F      ΔW_i = s_i B_i A_i
 
-So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter. The
-second adapter does not count among the others, because it may be a relative of the best one, or another version of it.
+With boldness 1, weights are what is expected if the confidence says how probable it is that the pool holds the right
+adapter. More of it pays if a right adapter that is diluted costs more than a wrong one.
+
+The second adapter does not count among the others, because it may be a relative of the best one, or another version of
+it.
 
 Scores grow with the training, the rank and the modules of a pool's adapters, on their own prompts and on all others.
 So the unit of responses is how far apart scores of this pool lie on the texts of its calibration
@@ -23,8 +27,8 @@ prompt is worded unlike the adapter's own, and a margin in that unit would take 
 in units of how far apart the others lie on this prompt, as the predictive distribution of a normal sample has it: a few
 scores that happen to lie close together say little about the next one, so two more count that lie `APART`.
 
-`steepness`, `even`, `sharpness` and `breadth` belong to a kind of score; docs/how-selection-works.md says on which rows
-they were chosen, and how well they hold elsewhere.
+`steepness`, `even`, `boldness`, `sharpness` and `breadth` belong to a kind of score; docs/how-selection-works.md says
+on which rows they were chosen, and how well they hold elsewhere.
 """
 
 from __future__ import annotations
@@ -68,6 +72,7 @@ class Evidence:
         steepness: how fast the confidence grows with the evidence.
         even: the evidence at which it is one half, for the usual prior.
         spreads: whether the margin counts in units of how far apart the others lie.
+        boldness: by how much the odds of the confidence are multiplied for the weights.
         sharpness: softmax temperature of the sharp mixture, in units of the spread: nearly equal adapters share the
             weight.
         breadth: that of the broad mixture.
@@ -76,6 +81,7 @@ class Evidence:
     steepness: float
     even: float
     spreads: bool
+    boldness: float
     sharpness: float
     breadth: float
 
@@ -105,8 +111,8 @@ def _others(ranked: Sequence[float]) -> Sequence[float]:
 
 
 # For scores of responses, and for those to which example prompts contribute, whose order is more reliable.
-RESPONSES = Evidence(steepness=4.0, even=3.0, spreads=False, sharpness=0.22, breadth=2.25)
-EXAMPLES = Evidence(steepness=0.65, even=3.2, spreads=True, sharpness=0.5, breadth=1.0)
+RESPONSES = Evidence(steepness=4.0, even=3.0, spreads=False, boldness=1.0, sharpness=0.22, breadth=2.25)
+EXAMPLES = Evidence(steepness=0.65, even=3.2, spreads=True, boldness=3.0, sharpness=0.5, breadth=1.0)
 
 
 @dataclass(frozen=True)
@@ -204,7 +210,9 @@ def adaptive_weights(
     sharp = sharp / sharp.sum()
     broad = np.exp(margins / evidence.breadth)
     broad = broad / broad.sum()
-    weights = confidence * sharp + (1 - confidence) * broad / (1 + broad @ sizes / HALVED)
+    for_sharp = evidence.boldness * confidence
+    share = for_sharp / (for_sharp + 1 - confidence)
+    weights = share * sharp + (1 - share) * broad / (1 + broad @ sizes / HALVED)
     enough = weights >= LEAST * weights[0]
     weights[0] += weights[~enough].sum()
     return list(weights[enough].tolist())  # the best ones', since they fall with the score
