@@ -96,6 +96,7 @@ def _report(
                 "activation": str(adapter.activation),
                 "copies": list(adapter.copies),
                 "base_model": adapter.config.base_model,
+                "description": adapter.description,
                 "sha256": adapter.sha256,
                 **vars(sizes[adapter.name]),
             }
