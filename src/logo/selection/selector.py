@@ -18,7 +18,7 @@ With boldness 1, weights are what is expected if the confidence says how probabl
 adapter. More of it pays if a right adapter that is diluted costs more than a wrong one.
 
 The second adapter does not count among the others, because it may be a relative of the best one, or another version of
-it.
+it; of two adapters, it is the only other one.
 
 Scores grow with the training, the rank and the modules of a pool's adapters, on their own prompts and on all others.
 So the unit of responses is how far apart scores of this pool lie on the texts of its calibration
@@ -87,7 +87,7 @@ class Evidence:
 
     def spread(self, ranked: Sequence[float]) -> float:
         """The unit of a margin, from scores (adapters,), sorted with the best first."""
-        others = _others(ranked)
+        others = ranked[2:] or ranked[1:]
         if not self.spreads or not others:
             return 1.0
         count = len(others)
@@ -96,7 +96,7 @@ class Evidence:
 
     def confidence(self, ranked: Sequence[float], prior: float = PRIOR) -> float:
         """The confidence that scores (adapters,), sorted with the best first, give; the prior for a single adapter."""
-        others = _others(ranked)
+        others = ranked[2:] or ranked[1:]
         if not others:
             return prior
         margin = ranked[0] - sum(others) / len(others)
@@ -105,13 +105,8 @@ class Evidence:
         return float(1 / (1 + math.exp(-max(-60.0, min(60.0, odds)))))
 
 
-def _others(ranked: Sequence[float]) -> Sequence[float]:
-    """The scores behind the best two; of two adapters, the second one's."""
-    return ranked[2:] or ranked[1:]
-
-
 # For scores of responses, and for those to which example prompts contribute, whose order is more reliable.
-RESPONSES = Evidence(steepness=4.0, even=3.0, spreads=False, boldness=1.0, sharpness=0.22, breadth=2.25)
+RESPONSES = Evidence(steepness=3.0, even=3.0, spreads=False, boldness=1.0, sharpness=0.22, breadth=2.25)
 EXAMPLES = Evidence(steepness=0.65, even=3.2, spreads=True, boldness=3.0, sharpness=0.5, breadth=1.0)
 
 
