@@ -107,7 +107,7 @@ class Evidence:
 
 # For scores of responses, and for those to which example prompts contribute, whose order is more reliable.
 RESPONSES = Evidence(steepness=3.0, even=3.0, spreads=False, boldness=1.0, sharpness=0.22, breadth=2.25)
-EXAMPLES = Evidence(steepness=0.65, even=3.2, spreads=True, boldness=2.0, sharpness=0.5, breadth=1.0)
+EXAMPLES = Evidence(steepness=0.9, even=3.8, spreads=True, boldness=4.0, sharpness=0.5, breadth=1.0)
 
 
 @dataclass(frozen=True)
