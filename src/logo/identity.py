@@ -90,10 +90,10 @@ def adapter_digest(weights: str, scales: Sequence[tuple[str, float]], tokens: Se
     return hashlib.sha256(f"{weights} {list(scales)}{where}".encode()).hexdigest()[:32]
 
 
-def adapter_key(digest: str, examples: bytes | None) -> str:
-    """The short digest of an adapter with that of its example prompts, if any, which decide selections, too."""
-    if examples is not None:
-        digest = hashlib.sha256(f"{digest} {hashlib.sha256(examples).hexdigest()}".encode()).hexdigest()
+def adapter_key(digest: str, said: bytes) -> str:
+    """The short digest of an adapter with that of what is said about it, if anything, which decides selections, too."""
+    if said:
+        digest = hashlib.sha256(f"{digest} {hashlib.sha256(said).hexdigest()}".encode()).hexdigest()
     return digest[:KEY_DIGITS]
 
 

@@ -117,10 +117,12 @@ class Adapter:
     def key(self) -> str:
         """The digest by which engines, workers and replicas agree on it: example prompts and the description count, the
         name does not."""
-        said = examples_text(self.examples) if self.examples else b""
+        said = b""
+        if self.examples:
+            said += examples_text(self.examples)
         if self.description is not None:
             said += self.description.encode()
-        return adapter_key(self.digest, said or None)
+        return adapter_key(self.digest, said)
 
     def unsaid(self) -> Adapter:
         """The adapter without example prompts and description."""

@@ -272,29 +272,41 @@ class Scorer:
         selectable = None
         if any(allowed is not None for allowed in among):
             selectable = torch.tensor([[allowed is None or name in allowed for name in names] for allowed in among])
-        described = self.examples.described
+        if self._reference is None:
+            return self._raw_scores(per_point)
+        if self.responses:
+            scores = self._compared(per_point, self._reference, selectable)
+        else:
+            scores = torch.zeros(len(tokens), len(names))
         evidence: list[Similarities] = []
-        if described is not None and descriptions:
-            evidence.append(described.similarities(descriptions))
-        elif encoded is not None:
+        if self.examples.described is not None and descriptions:
+            evidence.append(self.examples.described.similarities(descriptions))
+        elif encoded is not None:  # then no adapter has examples, and what they would say is estimated
             evidence.append(Similarities.none(len(tokens), len(names)))
         if encoded is not None:
             evidence.append(encoded)
-        if not self.responses:
-            return together(torch.zeros(len(tokens), len(names)), evidence, selectable)
-        responses = torch.cat(list(per_point), dim=1).cpu().T  # (responses, rows)
-        readings = len(self.indices) * self.signal.readings
-        if self._reference is None:  # the means show a response that is not a number, for the selector to refuse
-            return row_means(responses, self._cells // readings, len(names)).T
-        by_cell = torch.full((len(names) * readings, responses.shape[1]), torch.nan, dtype=torch.float32)
-        by_cell[self._cells] = responses
-        by_adapter = by_cell.view(len(names), readings, -1)
-        scores = self._reference.compare(by_adapter, selectable) / self._usual_spread
         if evidence:
             return together(scores, evidence, selectable)
         if self.signal.token == "each" and not self.examples.kinds:
             scores = scores * factors(tokens)[:, None]
         return scores
+
+    def _compared(self, per_point: Sequence[Tensor], reference: Reference, selectable: Tensor | None) -> Tensor:
+        """Scores (rows, adapters) of responses beside those to the texts of the calibration, in the pool's own unit."""
+        responses = torch.cat(list(per_point), dim=1).cpu().T  # (responses, rows)
+        adapters = len(self.selector.names)
+        readings = len(self.indices) * self.signal.readings
+        by_cell = torch.full((adapters * readings, responses.shape[1]), torch.nan, dtype=torch.float32)
+        by_cell[self._cells] = responses
+        by_adapter = by_cell.view(adapters, readings, -1)
+        return reference.compare(by_adapter, selectable) / self._usual_spread
+
+    def _raw_scores(self, per_point: Sequence[Tensor]) -> Tensor:
+        """Scores (rows, adapters) of a signal without a calibration: the means of its responses, which show one that is
+        not a number, for the selector to refuse."""
+        responses = torch.cat(list(per_point), dim=1).cpu().T  # (responses, rows)
+        readings = len(self.indices) * self.signal.readings
+        return row_means(responses, self._cells // readings, len(self.selector.names)).T
 
 
 def _grouped(indices: list[ScoringIndex], signal: Signal) -> tuple[list[ScoringIndex], list[PointGroup]]:

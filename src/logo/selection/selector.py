@@ -46,8 +46,10 @@ from logo.adapters.pool import AdapterPool
 from logo.core import Forced, Options, Selection
 from logo.errors import LoGoError, NotFinite, PoolError, Unsure, UsageError, check_type, closest
 
-# How far apart scores of adapters that were not made for a prompt usually lie, and how many adapters this counts as.
-APART, USUAL_COUNT = 1.2, 2
+# How far apart scores of adapters that were not made for a prompt usually lie.
+APART = 1.2
+# As how many adapters' scores this counts.
+USUAL_COUNT = 2
 # If the adapters of a broad mixture have this relative size, its weights sum to one half: adapters that were not made
 # for a prompt disturb the base model.
 HALVED = 0.08

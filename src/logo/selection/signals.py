@@ -194,7 +194,8 @@ def entropy(index: ScoringIndex, hidden: Tensor) -> Tensor:
     return torch.cat(chunks, dim=1)
 
 
-@register_signal(
+# At several early points and all tokens, compared with neutral text.
+register_signal(
     "calibrated",
     layers="early",
     input="projection",
@@ -203,7 +204,4 @@ def entropy(index: ScoringIndex, hidden: Tensor) -> Tensor:
     chosen=True,
     weighting="adaptive",
     late=True,
-)
-def calibrated(index: ScoringIndex, hidden: Tensor) -> Tensor:
-    """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂` at several early points and all tokens, compared with neutral text."""
-    return index.relative(hidden)
+)(ScoringIndex.relative)
