@@ -169,8 +169,8 @@ def test_selections_are_the_official_ones(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PEFT's advice
 def test_the_demo_answers_as_peft_does() -> None:
-    """Each prompt of the showcase under a mixture that it selects, which PEFT adds up to one adapter, and some under their own
-    adapter, and under none."""
+    """Each prompt of the showcase under a mixture that it selects, which PEFT adds up to one adapter, and some under
+    their own adapter, and under none."""
     prompts = [row["context"] for row in demo.showcase()]
     tasks = [row["task"] for row in demo.showcase()]
     logo = LoGo.from_pretrained("demo", device="cpu")
