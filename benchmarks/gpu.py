@@ -52,15 +52,18 @@ from synthetic import TARGETS, random_mixtures
 ATTENTION = TARGETS[:4]
 # Standard deviation of A and B, and of the base model's weights: responses are small beside what they are added to.
 _SPREAD = 0.02
-# Adapters are pieces of one random vector, which begin at other numbers below _SHIFTS, _APART from each other.
-_SHIFTS, _APART = 2**20, 1009 * 16
+# Adapters are pieces of one random vector, which begin at other numbers below this.
+_SHIFTS = 2**20
+# How far apart these beginnings lie.
+_APART = 1009 * 16
 # Seconds that a part of a pool may take, in the order in which they are measured.
 LIMITS = {"write": 60, "open": 75, "select": 15, "load": 15, "first token": 25, "prefill": 20, "decode": 40}
 _WARM = 3  # new tokens of an answer that warms up
 _LOADED = 8  # adapters that are loaded one by one
-# The share of the card's free memory that adapters and what batches multiply may have, and how many times a pool's size
-# they need: once as they are loaded, once as a batch multiplies them.
-_ADAPTER_SHARE, _TWICE = 0.85, 2.1
+# The share of the card's free memory that adapters and what batches multiply may have.
+_ADAPTER_SHARE = 0.85
+# How many times a pool's size they need: once as they are loaded, once as a batch multiplies them.
+_TWICE = 2.1
 
 
 @dataclass(frozen=True)
