@@ -124,7 +124,7 @@ class Adapter:
             said += self.description.encode()
         return adapter_key(self.digest, said)
 
-    def unsaid(self) -> Adapter:
+    def undescribed(self) -> Adapter:
         """The adapter without example prompts and description."""
         return replace(self, examples=(), description=None)
 

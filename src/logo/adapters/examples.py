@@ -22,7 +22,7 @@ from logo.files import replace_file
 
 
 def folder_examples(folder: Path) -> tuple[str, ...]:
-    """The prompts beside an adapter, which is used without if they cannot be read (with a warning)."""
+    """The example prompts in the folder of an adapter; none, with a warning, if they cannot be read."""
     try:
         return tuple(read_examples(folder / EXAMPLES))
     except FileNotFoundError:
@@ -33,7 +33,7 @@ def folder_examples(folder: Path) -> tuple[str, ...]:
 
 
 def folder_description(folder: Path) -> str | None:
-    """The description beside an adapter, which is used without if it cannot be read (with a warning)."""
+    """The description in the folder of an adapter; None if there is none or, with a warning, if it cannot be read."""
     import yaml
 
     file = folder / RECORD

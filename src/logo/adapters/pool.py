@@ -93,7 +93,7 @@ class AdapterPool:
         check_choice("examples", examples, ExamplesUse)
         adapters, refused, k = gather(sources, skip=on_bad_adapter == "skip", **remaining)
         if examples == "ignore":
-            adapters = [adapter.unsaid() for adapter in adapters]
+            adapters = [adapter.undescribed() for adapter in adapters]
         pool = cls.usable(spec_of(sources), adapters, refused, on_bad_adapter, k)
         ignored = sorted({key for adapter in pool for key in adapter.config.unknown})
         if ignored:

@@ -5,8 +5,8 @@ An adapter is scored by up to three kinds of evidence, each in units of how far 
     r    its response to the prompt                            always             `logo.selection.reference`
     s    how similar the prompt is to its example prompts,     if it has some     `logo.selection.examples`
          as the base model reads them
-    e    the same, and to its description, as a text           if there is one    `logo.selection.encoder`
-         encoder reads them
+    e    how similar it is to these and to its description,    if it has some,    `logo.selection.encoder`
+         as a text encoder reads them                          and one is named
 
     score_i = RESPONSE r_i + s_i + e_i
 

@@ -14,8 +14,9 @@ adaptive   w = q · sharp + (1 - q) · broad
     broad_i     ∝ exp(score_i / (breadth · spread)), and its sum is 1 / (1 + size / HALVED)
     size        = mean over broad of the adapters' sizes: mean over points of ‖ΔW_i‖_F / ‖W‖_F      ΔW_i = s_i B_i A_i
 
-With boldness 1, weights are what is expected if the confidence says how probable it is that the pool holds the right
-adapter. More of it pays if a right adapter that is diluted costs more than a wrong one.
+If p is the probability that the pool holds the right adapter, boldness 1 gives the expected weights: the sharp mixture
+answers if the pool holds it, and the broad one if not. More boldness pays where answers suffer more from diluting the
+right adapter than from using a wrong one.
 
 The second adapter does not count among the others, because it may be a relative of the best one, or another version of
 it; of two adapters, it is the only other one.

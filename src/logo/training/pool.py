@@ -150,7 +150,7 @@ class Job:
     @property
     def is_of_this_task(self) -> bool:
         """Whether what is said there was said of an adapter of this task, or before there was one. What is said of an
-        adapter of another task, or of nobody knows what, would select the new adapter for the prompts of the old."""
+        adapter of another task, or of an unknown one, would select the new adapter for the prompts of the old."""
         if self.standing is None:
             return True
         if not self.standing:

@@ -457,7 +457,7 @@ def _scored(output: Any, gold: Sequence[int]) -> Scored:
 def _folder_of(pool: AdapterPool, settings: SelectionSettings, on_bad_adapter: OnBadAdapter) -> str:
     """The folder that holds exactly the adapters of an open pool, as they are in it; PoolError: there is none, so that
     vLLM's processes cannot open this pool."""
-    used = AdapterPool(one.unsaid() for one in pool) if settings.examples == "ignore" else pool
+    used = AdapterPool(one.undescribed() for one in pool) if settings.examples == "ignore" else pool
     roots = {str(adapter.folder.absolute()).removesuffix(f"/{adapter.name}") for adapter in pool}
     if len(roots) == 1:
         again = AdapterPool.open(*roots, on_bad_adapter=on_bad_adapter, examples=settings.examples)
