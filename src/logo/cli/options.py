@@ -109,7 +109,7 @@ class SelectionOptions(ModelOptions):
     """How likely it is that a prompt belongs to some adapter of the pool."""
 
     encoder: Annotated[str | None, in_words("none", of=POOL)] = None
-    """Text encoder that reads prompts, example prompts and descriptions, too: `all-MiniLM-L6-v2`."""
+    """Text encoder, for examples and descriptions: `all-MiniLM-L6-v2`."""
 
 
 @Parameter(name="*")
