@@ -119,6 +119,16 @@ def load_base(
     return model.eval().requires_grad_(False), load_tokenizer(source)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions of its own for products in bfloat16: accelerators do, and some CPUs."""
+    import torch
+
+    if device.type != "cpu":
+        return True
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch cannot say
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def checked_dtype(asked: str | torch.dtype, default: Any) -> Any:
     """The dtype of that name, or the default for `"auto"`; raises UsageError if there is no such dtype."""
     import torch

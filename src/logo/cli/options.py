@@ -111,6 +111,9 @@ class SelectionOptions(ModelOptions):
     encoder: Annotated[str | None, in_words("none", of=POOL)] = None
     """Text encoder, for examples and descriptions: `all-MiniLM-L6-v2`."""
 
+    dtype: Annotated[str | None, in_words("the model's; CPU: float32", of=POOL)] = None
+    """float32, bfloat16, float16 or auto."""
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +125,6 @@ class EngineOptions(SelectionOptions):
 
     when_unsure: Annotated[WhenUnsure, Parameter(group=POOL, show_default=False)] = "mix"
     """If unsure, answer by a mixture, by the base model, or not."""
-
-    dtype: Annotated[str | None, in_words("the model's; CPU: float32", of=POOL)] = None
-    """float32, bfloat16, float16 or auto."""
 
 
 @Parameter(name="*")

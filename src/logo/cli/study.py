@@ -182,6 +182,7 @@ def study(
         "k": pool.n_selected_modules,
         "prior": pool.prior,
         "encoder": pool.encoder,
+        "dtype": pool.dtype or "auto",
         "model_dir": MODEL_DIR,
         **placed(pool.device),
     }

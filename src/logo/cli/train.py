@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
@@ -86,19 +87,26 @@ class _TrainingBar:
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
         self.bar = bars.add_task("", total=None)
+        self.steps: dict[str, int] = {}  # of each task, at most
         self.steps_before: dict[str, int] = {}  # each task -> steps of the tasks before it
+        self.last_step = 0.0  # when it ended
 
     def planned(self, steps: Mapping[str, int], done: int) -> None:
         """Says how many adapters are trained, with these steps at most, and how many are done."""
         note(f"adapters to train: {len(steps)}" + (f", {done} trained already" if done else ""))
+        self.steps = dict(steps)
         self.steps_before = dict(zip(steps, accumulate(steps.values(), initial=0), strict=False))
         self.bars.update(self.bar, total=sum(steps.values()))
+        self.last_step = monotonic()
 
     def step(self, task: str, step: int, loss: float) -> None:
-        """Shows the loss of a step."""
+        """Shows the loss of a step; after the first one of a task, how long they may all take."""
         self.bars.update(self.bar, completed=self.steps_before[task] + step, description=f"{task} {loss:.3f}")
         if step == 1 and not err.is_terminal:
-            note(f"training {task}")
+            steps = self.steps[task]
+            seconds = (monotonic() - self.last_step) * steps
+            note(f"training {task}: {steps} steps, about {seconds:.0f} s")
+        self.last_step = monotonic()
 
 
 def _print(output: Path, trained: Trained) -> None:
