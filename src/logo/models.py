@@ -92,7 +92,7 @@ def load_base(
     Args:
         base_model: a name that `resolve_base` knows.
         device: see `pick_device`; ignored with `device_map`.
-        dtype: `"auto"` (the checkpoint's own on an accelerator, float32 on the CPU), a torch dtype or its name.
+        dtype: `"auto"` (see `usual_dtype`), a torch dtype or its name.
         device_map: `"auto"` distributes a model over several devices (accelerate).
         model_kwargs, **options: for `from_pretrained`, such as `attn_implementation` and `quantization_config`.
 
@@ -100,33 +100,48 @@ def load_base(
         UsageError: an option that cannot be used, or that would run the model's own code.
         ModelError, HubError: the model cannot be found or loaded; the Hub refused or could not be reached.
     """
-    import torch
     import transformers
 
     checked_options(model_kwargs or {})
+    asked_dtype = checked_dtype(dtype, None)
     target = pick_device(device if device_map is None else "cpu" if device_map == "cpu" else "auto")
-    on_cpu = target.type == "cpu"
-    if device_map is None and not on_cpu:
+    if device_map is None and target.type != "cpu":
         # To the device at once, which takes half the host memory; quantised weights allow no other way.
         device_map = {"": target}
-    loaded_dtype = checked_dtype(dtype, torch.float32 if on_cpu else "auto")
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
     safely = {"use_safetensors": True, "trust_remote_code": False}
     with loading(base_model, source):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        loaded_dtype = asked_dtype or usual_dtype(config, target)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=loaded_dtype, device_map=device_map, **options, **(model_kwargs or {}), **safely
         )
+    head = model.get_output_embeddings()
+    if target.type == "cpu" and head is not None:
+        head.register_forward_pre_hook(_copy_for_head)
     return model.eval().requires_grad_(False), load_tokenizer(source)
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions of its own for products in bfloat16: accelerators do, and some CPUs."""
+def _copy_for_head(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A forward pre-hook: the output head reads a copy of its vectors. They are a slice of those of all tokens, for
+    which torch multiplies by a matrix per row, and in bfloat16 copies the whole head for each of them first: most of
+    the time of a prefill on the CPU."""
+    import torch
+
+    return tuple(vectors.clone(memory_format=torch.contiguous_format) for vectors in inputs)
+
+
+def usual_dtype(config: Any, device: torch.device) -> Any:
+    """The dtype in which a model of this configuration is loaded if none is asked for: the checkpoint's own on an
+    accelerator (`"auto"`). CPUs multiply float16 slowly, and bfloat16 too if they have no instructions for it; then it
+    is float32."""
     import torch
 
     if device.type != "cpu":
-        return True
+        return "auto"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch cannot say
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if fast and config.dtype == torch.bfloat16 else torch.float32
 
 
 def checked_dtype(asked: str | torch.dtype, default: Any) -> Any:

@@ -127,7 +127,7 @@ def run(
         "when_unsure": engine.when_unsure,
         "prior": engine.prior,
         "encoder": engine.encoder,
-        "dtype": engine.dtype or "auto",
+        "dtype": engine.dtype,
         "model_dir": MODEL_DIR,
         **placed(engine.device),
     }

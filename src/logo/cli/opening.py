@@ -88,9 +88,16 @@ def open_base(options: ModelOptions, base_model: str, allow_pickle: bool = False
     quiet_transformers()
     load_config(base_model, model_dir=MODEL_DIR)  # may it be read?
     pool = open_pool(options, base_model, allow_pickle)
-    dtype = getattr(options, "dtype", None) or "auto"
-    model, tokenizer = load_base(base_model, dtype=dtype, model_dir=MODEL_DIR, **placed(options.device))
+    model, tokenizer = load_base(base_model, dtype=options.dtype, model_dir=MODEL_DIR, **placed(options.device))
+    if options.dtype == "auto":
+        note_dtype(str(model.device), str(model.dtype))
     return Opened(model, tokenizer, pool)
+
+
+def note_dtype(device: str, dtype: str) -> None:
+    """Says that a CPU computes in bfloat16, which nobody has asked for."""
+    if device == "cpu" and dtype.endswith("bfloat16"):
+        note("computing in bfloat16, as the base model is stored; --dtype float32 is slower, and rounds less")
 
 
 def open_engine(

@@ -19,7 +19,7 @@ from logo.cli.output import note, out
 from logo.cli.prompts import or_demo
 from logo.cli.serve_options import ServerOptions
 from logo.errors import UsageError, need
-from logo.models import load_config, loading, resolve_base, skeleton
+from logo.models import load_config, loading, resolve_base, skeleton, usual_dtype
 from logo.prompts import PLAIN_CHAT
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     k = config.get("k") or fitted.default_k
     slots = slots_of(fitted, k, os.environ.get(LORA_UPDATES, "0").strip().lower() in ("1", "true"))
     note(f"{len(fitted)} adapters, {slots} slots of rank {rank_of(fitted)}")
-    flags = _flags(options, server, given)
+    flags = _flags(options, base_model, server, given)
     template = _chat_template(base_model, source)
     if template is not None:
         flags += ["--chat-template", template]
@@ -179,16 +179,19 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     )
 
 
-def _flags(options: EngineOptions, server: ServerOptions, given: Sequence[str]) -> list[str]:
+def _flags(options: EngineOptions, base_model: str, server: ServerOptions, given: Sequence[str]) -> list[str]:
     """Flags of vLLM that do not depend on the pool; `given`: the user's."""
+    import torch
+
     from logo.mixing.cache import bytes_of
     from logo.vllm.launch import CPU_CACHE_GB
 
     on_cpu = _on_cpu()
     dtype = options.dtype
-    if dtype in (None, "auto"):
-        dtype = "float32" if on_cpu else "auto"
-    flags = ["--dtype", str(dtype), "--max-num-seqs", str(server.max_concurrent)]
+    if dtype == "auto" and on_cpu:
+        usual = usual_dtype(load_config(base_model, model_dir=MODEL_DIR), torch.device("cpu"))
+        dtype = str(usual).removeprefix("torch.")
+    flags = ["--dtype", dtype, "--max-num-seqs", str(server.max_concurrent)]
     cache_gb = server.kv_cache_gb
     if cache_gb is None and on_cpu:
         cache_gb = CPU_CACHE_GB

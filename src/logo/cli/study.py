@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 from rich.text import Text
 
-from logo.cli.opening import MODEL_DIR, placed, quiet_transformers
+from logo.cli.opening import MODEL_DIR, note_dtype, placed, quiet_transformers
 from logo.cli.options import SelectionOptions, command_record, in_words, method_arguments, positive
 from logo.cli.output import (
     check_writable,
@@ -182,13 +182,15 @@ def study(
         "k": pool.n_selected_modules,
         "prior": pool.prior,
         "encoder": pool.encoder,
-        "dtype": pool.dtype or "auto",
+        "dtype": pool.dtype,
         "model_dir": MODEL_DIR,
         **placed(pool.device),
     }
     opening = Opening(base_model, pool.sources, options)
     command = command_record("eval study", rows, contest, pool)
     with closing(Measurer(opening(), compared)) as measurer, progress(disable=not err.is_terminal) as bars:
+        if pool.dtype == "auto":
+            note_dtype(measurer.facts.device, str(measurer.facts.identity["dtype"]))
         names = list(measurer.facts.identity["pool"])
         of_tasks = {task.name for task in tasks}
         in_pool = len(of_tasks.intersection(names))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from logo.adapters.layout import linear_shape
 from logo.errors import ModelError, NotFinite, UsageError
-from logo.models import device_of, load_base, multiplies_bfloat16, pick_device
+from logo.models import device_of, load_base, pick_device
 from logo.training.config import ALL_LINEAR, TrainingConfig
 from logo.training.rows import TaskRows, TokenizedRow
 
@@ -34,12 +34,12 @@ class Base:
 
     @classmethod
     def load(cls, base_model: str, device: str = "auto", model_dir: str | None = None) -> Base:
-        """Loads a base model: in bfloat16 where the device multiplies it fast, else in float32.
+        """Loads a base model: in bfloat16 on an accelerator, on the CPU as `load_base` does.
 
         Raises:
             ModelError, HubError, UsageError: as `load_base`; ModelError if it is no language model.
         """
-        dtype = "bfloat16" if multiplies_bfloat16(pick_device(device)) else "float32"
+        dtype = "auto" if pick_device(device).type == "cpu" else "bfloat16"
         base = cls(*load_base(base_model, device=device, dtype=dtype, model_dir=model_dir))
         if base.head is None:
             raise ModelError(f"base model {base_model}: expected a language model with an output head")

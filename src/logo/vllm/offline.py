@@ -39,6 +39,7 @@ from logo.models import (
     loading,
     lock_of,
     resolve_base,
+    usual_dtype,
 )
 from logo.prompts import Prompts, Truncation
 from logo.scoring import Pair, Scored, checked_nll, continued_rows
@@ -135,9 +136,9 @@ def _refuse_options(others: Mapping[str, Any]) -> None:
 
 
 def _computed(dtype: str | torch.dtype, source: str) -> torch.dtype:
-    """The type that vLLM computes in; `auto` is the checkpoint's, and float32 on CPUs."""
-    stored = None if _on_cpu() else getattr(load_config(source), "dtype", None)
-    usual: torch.dtype = stored or torch.float32
+    """The type that vLLM computes in; `auto` is the checkpoint's, and on CPUs as the local engine has it."""
+    config = load_config(source)
+    usual = usual_dtype(config, torch.device("cpu")) if _on_cpu() else config.dtype or torch.float32
     return checked_dtype(dtype, usual)  # type: ignore[no-any-return]
 
 
