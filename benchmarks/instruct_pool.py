@@ -122,7 +122,7 @@ def write_rows(data: Path, out: Path, tasks: Sequence[str]) -> None:
         (out / "train" / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("base_model")
@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument("--usual", type=int, default=len(USUAL_TASKS), help="how many of the usual adapters")
     parser.add_argument("--steps", type=int, default=USUAL.steps, help="of each training")
     parser.add_argument("--batch-size", type=int, default=USUAL.batch_size, help="rows of a step")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     usual = Group(USUAL_TASKS[: options.usual], {})
     groups = (usual, *OTHER_GROUPS)
     write_rows(options.data, options.out, [task for group in groups for task in group.tasks])

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import cost
 import gpu
+import instruct_pool
 from cost import RATIOS, Plan
 from demo_world import tasks
 from demo_world.build import write_model
@@ -87,6 +88,37 @@ def test_peft_does_the_same_method(tmp_path: Path) -> None:
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_pool_of_an_instruct_base_learns_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = (instruct_pool.Group(("plain", "sort_numbers"), {}), *instruct_pool.OTHER_GROUPS)
+    monkeypatch.setattr(instruct_pool, "USUAL_TASKS", groups[0].tasks)
+    row = {"context": "Say the number.\n\nNumber: 7\nSaid:", "completion": ["seven", "VII"]}
+    for part in ("train", "test"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for task in {task for group in groups for task in group.tasks} - {"sort_numbers"}:
+            (tmp_path / "data" / part / f"{task}.jsonl").write_text(3 * (json.dumps(row) + "\n"))
+    options = ["--usual", "2", "--steps", "1", "--batch-size", "1"]
+    assert instruct_pool.main([str(tmp_path / "data"), "demo", str(tmp_path / "made"), *options]) == 0
+
+    pool = AdapterPool.open(tmp_path / "made" / "pool")
+    assert sorted(pool.names) == sorted(task for group in groups for task in group.tasks)
+    assert all(adapter.examples for adapter in pool)
+    configs = {
+        name: json.loads((tmp_path / "made/pool" / name / "adapter_config.json").read_text()) for name in pool.names
+    }
+    assert {name for name in configs if configs[name]["use_rslora"]} == {"sst2_polarity"}
+    assert {name: configs[name]["r"] for name in ("plain", "ag_news_topic")} == {"plain": 16, "ag_news_topic": 64}
+    learned = [json.loads(line) for line in (tmp_path / "made" / "train" / "plain.jsonl").read_text().splitlines()]
+    assert learned[0]["messages"][1] == {"role": "assistant", "content": "seven"}
+
+    command = [sys.executable, str(ROOT / "tools" / "reworded.py"), tmp_path / "made" / "test", tmp_path / "words"]
+    subprocess.run([*command, "--messages"], check=True, timeout=PATIENCE)
+    terse = (tmp_path / "words" / "terse" / "sort_numbers.jsonl").read_text().splitlines()
+    [asked, answered] = json.loads(terse[0])["messages"]
+    numbers = asked["content"].removeprefix("sort ").removesuffix(" ->").split(", ")
+    assert answered["content"] == ", ".join(sorted(numbers, key=int))
+
 
 # What `benchmarks/gpu.py` may use beside the standard library, with what these need themselves ...
 ENOUGH = ("torch", "transformers", "safetensors", "scipy", "psutil", "PyYAML")

@@ -19,7 +19,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import TextIteratorStreamer, TextStreamer
+from transformers import AutoModelForCausalLM, TextIteratorStreamer, TextStreamer
 
 import tiny
 from hub_server import GOOD_TOKEN, HubServer
@@ -388,6 +388,39 @@ def test_device_and_dtype() -> None:
     model, _ = load_base(str(F1 / "model"), device="cpu", dtype="bfloat16")
     assert model.dtype == torch.bfloat16 and not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_cpu_computes_in_bfloat16_if_it_can_and_the_model_is_stored_in_it(
+    base: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = tmp_path / "bfloat16"
+    load_base(str(base), device="cpu", dtype="bfloat16")[0].save_pretrained(stored)
+    for file in base.glob("*token*"):
+        shutil.copy(file, stored)
+
+    def loaded(model: Path, **capabilities: bool) -> torch.dtype:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        return load_base(str(model), device="cpu")[0].dtype
+
+    assert loaded(stored, avx512_bf16=True) == loaded(stored, amx_bf16=True) == torch.bfloat16
+    assert loaded(stored, avx512_bf16=False) == loaded(stored) == torch.float32
+    assert loaded(base, avx512_bf16=True, amx_bf16=True) == torch.float32
+    assert LoGo.from_pretrained(stored, adapters, preset="official", unscorable="skip").model.dtype == torch.float32
+
+
+def test_the_head_reads_copies_and_answers_as_before() -> None:
+    folder = str(F1 / "model")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model, _ = load_base(folder, device="cpu", dtype="bfloat16")
+    strides: list[tuple[int, ...]] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: strides.append(inputs[0].stride()))
+    ids = torch.randint(5, 50, (3, 9))
+    with torch.inference_mode():
+        for keep in (0, 1):
+            logits = model(ids, logits_to_keep=keep).logits
+            assert torch.equal(logits, plain(ids, logits_to_keep=keep).logits)
+    width = model.config.hidden_size
+    assert strides == [(9 * width, width, 1), (width, width, 1)]
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
