@@ -32,6 +32,7 @@ from logo.cli.app import run
 from logo.errors import NotFinite, Unsure
 from logo.selection import calibration
 from logo.selection.reference import USUAL
+from logo.selection.scorer import USUAL_MARGIN
 from logo.selection.signals import get_signal
 from logo.selection.texts import NEUTRAL, REQUESTS
 from logo.selection.whitening import Whitening
@@ -107,7 +108,9 @@ def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     excess = (typical - typical.median()).clamp(-1, 1)
     assert len(texts[-1]) > USUAL
     every = (mean_z - excess[:, None]) * (swing.median() / swing).clamp(max=1)[:, None]
-    wanted = every[:, -1] / every[:, :-1].std()
+    apart = every[:, :-1] - every[:, :-1].mean(dim=0)  # of each other, on one text
+    unit = USUAL_MARGIN * (apart.square().sum() / (apart.shape[1] * (len(apart) - 1))).sqrt()
+    wanted = every[:, -1] / unit
     assert torch.tensor(list(scores.values())).tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
 
 

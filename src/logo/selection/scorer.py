@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -32,6 +33,9 @@ from logo.selection.signals import Signal
 
 # Responses whose logarithms differ less over all texts are rounding errors.
 _CONSTANT = 1e-4
+# How many standard deviations of the adapters' scores of one text are a unit: about as many as the best one leads by
+# on a text that none of them was made for.
+USUAL_MARGIN = 1.7
 
 
 @dataclass(frozen=True)
@@ -182,11 +186,18 @@ class Scorer:
 
     @cached_property
     def _usual_spread(self) -> float:
-        """The standard deviation of the scores of responses on the texts of the calibration: the unit of scores. With
-        the training, the ranks and the modules of adapters, it grows as their scores of their own prompts do."""
+        """The unit of scores of responses: `USUAL_MARGIN` times how far apart the adapters' scores of one text lie, on
+        the texts of the calibration. With the training, the ranks and the modules of adapters, it grows as their scores
+        of their own prompts do. What all adapters have in common on a text says nothing about which is right."""
         assert self.calibration is not None and self._reference is not None
         texts = torch.cat([self.calibration.neutral, self.calibration.requests], dim=2)
-        return max(float(self._reference.compare(texts).std()), 1e-6)
+        scores = self._reference.compare(texts)  # (texts, adapters)
+        adapters = scores.shape[1]
+        if adapters == 1:
+            return max(float(scores.std()), 1e-6)
+        apart = scores - scores.mean(dim=1, keepdim=True)
+        variance = float(apart.square().sum()) / (len(scores) * (adapters - 1))
+        return max(USUAL_MARGIN * math.sqrt(variance), 1e-6)
 
     def calibrated(self, text: int, tokens: int) -> list[float]:
         """The scores of the adapters for one neutral text of the calibration, of which so many tokens are read, from

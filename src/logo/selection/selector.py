@@ -22,7 +22,7 @@ The second adapter does not count among the others, because it may be a relative
 it; of two adapters, it is the only other one.
 
 Scores grow with the training, the rank and the modules of a pool's adapters, on their own prompts and on all others.
-So the unit of responses is how far apart scores of this pool lie on the texts of its calibration
+So the unit of responses is about as much as the best score of this pool leads by on a text of its calibration
 (`logo.selection.scorer`), and their margin is taken as it is. Scores to which example prompts contribute fall when a
 prompt is worded unlike the adapter's own, and a margin in that unit would take this for doubt. So their margin counts
 in units of how far apart the others lie on this prompt, as the predictive distribution of a normal sample has it: a few
