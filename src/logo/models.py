@@ -100,6 +100,7 @@ def load_base(
         UsageError: an option that cannot be used, or that would run the model's own code.
         ModelError, HubError: the model cannot be found or loaded; the Hub refused or could not be reached.
     """
+    import torch
     import transformers
 
     checked_options(model_kwargs or {})
@@ -117,15 +118,15 @@ def load_base(
             source, dtype=loaded_dtype, device_map=device_map, **options, **(model_kwargs or {}), **safely
         )
     head = model.get_output_embeddings()
-    if target.type == "cpu" and head is not None:
+    if target.type == "cpu" and model.dtype != torch.float32 and head is not None:
         head.register_forward_pre_hook(_copy_for_head)
     return model.eval().requires_grad_(False), load_tokenizer(source)
 
 
 def _copy_for_head(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """A forward pre-hook: the output head reads a copy of its vectors. They are a slice of those of all tokens, for
-    which torch multiplies by a matrix per row, and in bfloat16 copies the whole head for each of them first: most of
-    the time of a prefill on the CPU."""
+    which torch multiplies by a matrix per row; in bfloat16, on the CPU, it copies the whole head for each of them
+    first, which takes most of the time of a prefill."""
     import torch
 
     return tuple(vectors.clone(memory_format=torch.contiguous_format) for vectors in inputs)
@@ -139,7 +140,8 @@ def usual_dtype(config: Any, device: torch.device) -> Any:
 
     if device.type != "cpu":
         return "auto"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch cannot say
+    # Older releases of torch cannot say.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if fast and config.dtype == torch.bfloat16 else torch.float32
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.pool import AdapterPool
-from logo.cli.options import EngineOptions, ModelOptions, ProbeText
+from logo.cli.options import EngineOptions, ModelOptions, ProbeText, SelectionOptions
 from logo.cli.output import err, note, progress
 from logo.files import cache_folder
 from logo.models import load_base, load_config, pick_device
@@ -88,8 +88,9 @@ def open_base(options: ModelOptions, base_model: str, allow_pickle: bool = False
     quiet_transformers()
     load_config(base_model, model_dir=MODEL_DIR)  # may it be read?
     pool = open_pool(options, base_model, allow_pickle)
-    model, tokenizer = load_base(base_model, dtype=options.dtype, model_dir=MODEL_DIR, **placed(options.device))
-    if options.dtype == "auto":
+    dtype = options.dtype if isinstance(options, SelectionOptions) else "auto"
+    model, tokenizer = load_base(base_model, dtype=dtype, model_dir=MODEL_DIR, **placed(options.device))
+    if dtype == "auto":
         note_dtype(str(model.device), str(model.dtype))
     return Opened(model, tokenizer, pool)
 

@@ -89,9 +89,6 @@ class ModelOptions:
     device: Annotated[str, Parameter(group=POOL, converter=device_name, n_tokens=1)] = "auto"
     """auto, cpu, mps, cuda, cuda:N, or spread: over all GPUs."""
 
-    dtype: Annotated[str, Parameter(group=POOL)] = "auto"
-    """float32, bfloat16, float16, or auto: as the model is stored, unless the CPU is slow with it."""
-
     @property
     def sources(self) -> str | None:
         """The sources of `adapters` as one text."""
@@ -113,6 +110,9 @@ class SelectionOptions(ModelOptions):
 
     encoder: Annotated[str | None, in_words("none", of=POOL)] = None
     """Text encoder, for examples and descriptions: `all-MiniLM-L6-v2`."""
+
+    dtype: Annotated[str, Parameter(group=POOL)] = "auto"
+    """float32, bfloat16, float16, or auto: as the model is stored."""
 
 
 @Parameter(name="*")

@@ -36,6 +36,9 @@ _CONSTANT = 1e-4
 # How many standard deviations of the adapters' scores of one text are a unit: about as many as the best one leads by
 # on a text that none of them was made for.
 USUAL_MARGIN = 1.7
+# The least unit, as a share of the standard deviation of all scores: those of a single adapter, or of copies of one, do
+# not lie apart.
+_LEAST_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -192,12 +195,9 @@ class Scorer:
         assert self.calibration is not None and self._reference is not None
         texts = torch.cat([self.calibration.neutral, self.calibration.requests], dim=2)
         scores = self._reference.compare(texts)  # (texts, adapters)
-        adapters = scores.shape[1]
-        if adapters == 1:
-            return max(float(scores.std()), 1e-6)
         apart = scores - scores.mean(dim=1, keepdim=True)
-        variance = float(apart.square().sum()) / (len(scores) * (adapters - 1))
-        return max(USUAL_MARGIN * math.sqrt(variance), 1e-6)
+        variance = float(apart.square().sum()) / (len(scores) * max(1, scores.shape[1] - 1))
+        return max(USUAL_MARGIN * math.sqrt(variance), _LEAST_SHARE * float(scores.std()), 1e-6)
 
     def calibrated(self, text: int, tokens: int) -> list[float]:
         """The scores of the adapters for one neutral text of the calibration, of which so many tokens are read, from
