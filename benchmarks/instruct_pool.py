@@ -78,7 +78,7 @@ OTHER_GROUPS = (
 
 
 def sort_numbers(rng: random.Random) -> tuple[str, str]:
-    """A row of a task of our own."""
+    """A prompt with five numbers, and the answer: the same in ascending order."""
     numbers = rng.sample(range(100), 5)
     shown = ", ".join(map(str, numbers))
     context = f"Put the numbers in order, the smallest first.\n\nNumbers: {shown}\nSorted:"
@@ -86,7 +86,7 @@ def sort_numbers(rng: random.Random) -> tuple[str, str]:
 
 
 def date_to_iso(rng: random.Random) -> tuple[str, str]:
-    """A row of another."""
+    """A prompt with a date in words, and the answer: the date as ISO 8601 writes it."""
     day = datetime.date(1950, 1, 1) + datetime.timedelta(days=rng.randrange(30_000))
     context = f"Write the date as year, month and day in digits.\n\nDate: {day:%B} {day.day}, {day.year}\nDigits:"
     return context, day.isoformat()
@@ -96,7 +96,7 @@ OWN_TASKS = {"sort_numbers": sort_numbers, "date_to_iso": date_to_iso}
 
 
 def own_rows(task: str, part: str, count: int) -> Iterator[dict[str, str]]:
-    """Rows of a task of our own, always the same."""
+    """Rows of a task that is made here: in every run the same, and others for training than for testing."""
     rng = random.Random(f"{task} {part}")
     for _ in range(count):
         context, completion = OWN_TASKS[task](rng)

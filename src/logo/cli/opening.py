@@ -88,15 +88,15 @@ def open_base(options: ModelOptions, base_model: str, allow_pickle: bool = False
     quiet_transformers()
     load_config(base_model, model_dir=MODEL_DIR)  # may it be read?
     pool = open_pool(options, base_model, allow_pickle)
-    dtype = options.dtype if isinstance(options, SelectionOptions) else "auto"
-    model, tokenizer = load_base(base_model, dtype=dtype, model_dir=MODEL_DIR, **placed(options.device))
-    if dtype == "auto":
+    asked = options.dtype if isinstance(options, SelectionOptions) else None
+    model, tokenizer = load_base(base_model, dtype=asked or "auto", model_dir=MODEL_DIR, **placed(options.device))
+    if asked == "auto":
         note_dtype(str(model.device), str(model.dtype))
     return Opened(model, tokenizer, pool)
 
 
 def note_dtype(device: str, dtype: str) -> None:
-    """Says that a CPU computes in bfloat16, which nobody has asked for."""
+    """Says so if a CPU computes in bfloat16; for commands with the option `--dtype`, if nobody has given it."""
     if device == "cpu" and dtype.endswith("bfloat16"):
         note("computing in bfloat16, as the base model is stored; --dtype float32 is slower, and rounds less")
 

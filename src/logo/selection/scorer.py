@@ -189,7 +189,7 @@ class Scorer:
 
     @cached_property
     def _usual_spread(self) -> float:
-        """The unit of scores of responses: `USUAL_MARGIN` times how far apart the adapters' scores of one text lie, on
+        """The unit of scores of responses: `USUAL_MARGIN` standard deviations of the adapters' scores of one text, over
         the texts of the calibration. With the training, the ranks and the modules of adapters, it grows as their scores
         of their own prompts do. What all adapters have in common on a text says nothing about which is right."""
         assert self.calibration is not None and self._reference is not None
