@@ -42,10 +42,12 @@ USUAL = TrainingConfig(
 
 @dataclass(frozen=True)
 class Group:
-    """Tasks whose adapters are made alike; `changes` are those of the usual training."""
+    """Tasks whose adapters are made alike: `changes` are those of the usual training, and `lr_share` is the learning
+    rate as a share of the usual one."""
 
     tasks: tuple[str, ...]
     changes: Mapping[str, object]
+    lr_share: float = 1.0
 
 
 # Among the first twelve, some are close relatives: two languages, two kinds of entailment, two kinds of questions.
@@ -71,8 +73,8 @@ USUAL_TASKS = (
     "addition",
 )
 OTHER_GROUPS = (
-    Group(("sst2_polarity",), {"rslora": True, "lr": 5e-4}),
-    Group(("ag_news_topic",), {"r": 64, "alpha": 64.0, "lr": 5e-4, "targets": "all-linear"}),
+    Group(("sst2_polarity",), {"rslora": True}, lr_share=0.5),
+    Group(("ag_news_topic",), {"r": 64, "alpha": 64.0, "targets": "all-linear"}, lr_share=0.5),
     Group(("verb_past_tense",), {"steps": 5}),
 )
 
@@ -130,13 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--usual", type=int, default=len(USUAL_TASKS), help="how many of the usual adapters")
     parser.add_argument("--steps", type=int, default=USUAL.steps, help="of each training")
     parser.add_argument("--batch-size", type=int, default=USUAL.batch_size, help="rows of a step")
+    parser.add_argument("--lr", type=float, default=USUAL.lr, help="learning rate: less for larger bases")
     options = parser.parse_args(arguments)
     usual = Group(USUAL_TASKS[: options.usual], {})
     groups = (usual, *OTHER_GROUPS)
     write_rows(options.data, options.out, [task for group in groups for task in group.tasks])
     failed = 0
     for group in groups:
-        values = {**vars(USUAL), "steps": options.steps, "batch_size": options.batch_size, **group.changes}
+        values = {**vars(USUAL), "steps": options.steps, "batch_size": options.batch_size, "lr": options.lr * group.lr_share}
+        values |= group.changes
         failed += train(
             rows=options.out / "train",
             output=options.out / "pool",
