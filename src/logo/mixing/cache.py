@@ -39,7 +39,7 @@ class Stack:
 
     A: Tensor  # (R, d_in)
     B: Tensor  # (R, d_out), with the scale in it
-    owner: Tensor  # (R,) int64: the adapter of each column, by its place in `Stacks.residents`
+    owner: Tensor  # (R,) int64 on the host: the adapter of each column, by its place in `Stacks.residents`
 
 
 @dataclass(eq=False)
@@ -78,9 +78,9 @@ class Stacks:
             A = _beside([down for down, _ in pairs.values()])
             B = _beside([up for _, up in pairs.values()])
             ranks = [len(down) for down, _ in pairs.values()]
-            key = (A.device, *pairs, *ranks)
+            key = (*pairs, *ranks)
             if key not in owners:
-                owners[key] = torch.tensor(list(pairs)).repeat_interleave(torch.tensor(ranks)).to(A.device)
+                owners[key] = torch.tensor(list(pairs)).repeat_interleave(torch.tensor(ranks))
             modules[path] = Stack(A, B, owners[key])
         return cls(residents, modules)
 

@@ -83,7 +83,7 @@ def merged_weight(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor 
     `out` is memory to use if it fits, never that of the weight.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
-    gate = weights.to(stack.A.device, stack.A.dtype)[stack.owner]  # (R,)
+    gate = weights[stack.owner].to(stack.A.device, stack.A.dtype)  # (R,)
     left = (stack.B * gate[:, None]).T
     right = stack.A
     if type(module).__name__ == "Conv1D":  # (in, out)
