@@ -1,9 +1,10 @@
 """What LoGo costs beside the base model alone, and how much faster it is than the same method written with PEFT.
 
-    python benchmarks/cost.py --rounds 3 --json cost.json
+    python benchmarks/cost.py --json cost.json
 
 The model and the adapters are random; cost depends on their sizes only. Ratios of costs and of speeds are ours over
-theirs. With another tree's `src` on PYTHONPATH, the same script measures that tree.
+theirs. Each part is shown when it is measured; `--quick` measures less, and PEFT not. With another tree's `src` on
+PYTHONPATH, the same script measures that tree.
 """
 
 from __future__ import annotations
@@ -77,33 +78,33 @@ class Plan:
 
     sizes: Sizes = field(default_factory=Sizes)
     layer: Sizes = LLAMA_8B_LAYER
-    adapters: int = 260
+    adapters: int = 130
     k: int = 20
     lengths: Lengths = field(default_factory=Lengths)
-    rounds: int = 5
+    rounds: int = 3
     device: str = "cpu"
     dtype: str = "float32"
     peft: bool = True
     seed: int = 0
 
 
-def measure(plan: Plan) -> list[MeasuredPart]:
+def measure(plan: Plan) -> Iterator[MeasuredPart]:
     """Runs every part."""
     batch = plan.lengths.batch
     with _opened(plan, replace(plan.layer, rank=plan.sizes.rank)) as small:
-        layer = small.decoding(batch, related=False, name="decode, one layer of 8B")
+        yield small.decoding(batch, related=False, name="decode, one layer of 8B")
     with _opened(plan, plan.sizes) as bench:
         opened = bench.opening()
-        parts = [
-            bench.selecting(),
-            *map(bench.long, LONG),
-            bench.prefilling(),
-            bench.decoding(1),
-            bench.decoding(batch),
-            layer,
-        ]
+        yield bench.selecting()
+        for tokens in LONG:
+            yield bench.long(tokens)
+        yield bench.prefilling()
+        for rows in (1, batch):
+            yield bench.decoding(rows)
         once = bench.reading_once()
-        parts += [bench.once_prefill(once), *(bench.once_end_to_end(once, rows) for rows in (1, batch))]
+        yield bench.once_prefill(once)
+        for rows in (1, batch):
+            yield bench.once_end_to_end(once, rows)
         del once
         peft: list[PeftArm] = []
         if plan.peft:
@@ -112,8 +113,9 @@ def measure(plan: Plan) -> list[MeasuredPart]:
             model, tokenizer = base_model(plan.sizes, plan.seed, plan.device, plan.dtype)
             spent = timed(lambda: peft.append(PeftArm(model, tokenizer, bench.folder, bench.k)))
             opened = replace(opened, arms={**opened.arms, "PEFT": Timed(spent, (spent,), None)})
-        ends = [bench.end_to_end(rows, peft[0] if peft else None) for rows in (1, batch)]
-    return [opened, *parts, *ends]
+        yield opened
+        for rows in (1, batch):
+            yield bench.end_to_end(rows, peft[0] if peft else None)
 
 
 def ratios(parts: Sequence[MeasuredPart]) -> dict[str, float]:
@@ -166,12 +168,13 @@ def _hardware(device: str) -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def _show(plan: Plan, parts: Sequence[MeasuredPart]) -> None:
-    print(f"{'part':<25}{'arm':<22}{'ms':>10}  peak MB")
-    for part in parts:
-        for i, (name, arm) in enumerate(part.arms.items()):
-            peak = "-" if arm.peak_bytes is None else f"{arm.peak_bytes / 1e6:.0f}"
-            print(f"{'' if i else part.name:<25}{name:<22}{1000 * arm.seconds:>10,.1f}  {peak:>7}")
+def _show(part: MeasuredPart) -> None:
+    for i, (name, arm) in enumerate(part.arms.items()):
+        peak = "-" if arm.peak_bytes is None else f"{arm.peak_bytes / 1e6:.0f}"
+        print(f"{'' if i else part.name:<25}{name:<22}{1000 * arm.seconds:>10,.1f}  {peak:>7}", flush=True)
+
+
+def _show_ratios(plan: Plan, parts: Sequence[MeasuredPart]) -> None:
     print("\nratio")
     for name, value in ratios(parts).items():
         print(f"{name:<36}{value:.{4 if value < 0.1 else 2}f}")
@@ -188,6 +191,7 @@ def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
     plan = plan or Plan()
     sizes = plan.sizes
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two rounds, 60 adapters, no PEFT")
     parser.add_argument("--rounds", type=int, default=plan.rounds, help="measured rounds, after a warm-up round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
     parser.add_argument("--adapters", type=int, default=plan.adapters, help="adapters in the pool")
@@ -200,9 +204,12 @@ def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
     parser.add_argument("--vocabulary", type=int, default=sizes.vocabulary)
     parser.add_argument("--device", default=plan.device)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=plan.dtype)
-    parser.add_argument("--no-peft", action="store_true", help="leave PEFT out, which takes minutes")
+    parser.add_argument("--no-peft", action="store_true", help="leave PEFT out")
     parser.add_argument("--seed", type=int, default=plan.seed, help="random seed of weights and prompts")
     options = parser.parse_args(argv)
+    if options.quick:
+        parser.set_defaults(rounds=2, adapters=60, no_peft=True)
+        options = parser.parse_args(argv)
     plan = replace(
         plan,
         sizes=Sizes(
@@ -216,8 +223,12 @@ def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
         peft=not options.no_peft,
         seed=options.seed,
     )
-    parts = measure(plan)
-    _show(plan, parts)
+    print(f"{'part':<25}{'arm':<22}{'ms':>10}  peak MB", flush=True)
+    parts = []
+    for part in measure(plan):
+        _show(part)
+        parts.append(part)
+    _show_ratios(plan, parts)
     if options.json is not None:
         options.json.write_text(json.dumps(report(plan, parts), indent=2) + "\n", encoding="utf-8")
         print(f"written: {options.json}", file=sys.stderr)

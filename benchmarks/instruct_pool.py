@@ -139,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_rows(options.data, options.out, [task for group in groups for task in group.tasks])
     failed = 0
     for group in groups:
-        values = {**vars(USUAL), "steps": options.steps, "batch_size": options.batch_size, "lr": options.lr * group.lr_share}
-        values |= group.changes
+        values = {**vars(USUAL), "steps": options.steps, "batch_size": options.batch_size}
+        values |= {"lr": options.lr * group.lr_share, **group.changes}
         failed += train(
             rows=options.out / "train",
             output=options.out / "pool",

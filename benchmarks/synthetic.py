@@ -36,10 +36,10 @@ class Sizes:
         rank, targets: of the adapters.
     """
 
-    hidden: int = 1024
-    layers: int = 12
-    heads: int = 16
-    vocabulary: int = 32000
+    hidden: int = 512
+    layers: int = 8
+    heads: int = 8
+    vocabulary: int = 16000
     rank: int = 16
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
