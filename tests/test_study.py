@@ -106,6 +106,15 @@ def test_each_wording_is_reported_as_if_it_were_alone(
     assert json.loads(capsys.readouterr().out) == report
 
 
+def test_a_long_study_tells_a_log_how_far_it_is(
+    wordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logo.cli.study.QUIET", -1.0)
+    studied(tmp_path / "s", str(wordings / "short"), "--signals", "responses")
+    told = [line.partition(" after ")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("rows: ")]
+    assert told == [f"rows: {done} of 7" for done in range(1, 8)]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

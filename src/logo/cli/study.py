@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 from rich.text import Text
 
-from logo.cli.opening import MODEL_DIR, note_dtype, placed, quiet_transformers
+from logo.cli.opening import MODEL_DIR, QUIET, note_dtype, placed, quiet_transformers
 from logo.cli.options import SelectionOptions, command_record, in_words, method_arguments, positive
 from logo.cli.output import (
     check_writable,
@@ -197,9 +198,14 @@ def study(
         total = sum(len(task.rows) for task in tasks)
         note(f"adapters: {len(names)} · tasks: {len(of_tasks)}, {in_pool} with an adapter of their own · rows: {total}")
         bar = bars.add_task("rows", total=total)
+        began = time.monotonic()
 
         def tell(task: str) -> None:
             bars.update(bar, advance=1, description=task)
+            done = int(bars.tasks[0].completed)
+            seconds = time.monotonic() - began
+            if not err.is_terminal and seconds > QUIET and 10 * done // total > 10 * (done - 1) // total:
+                note(f"rows: {done} of {total} after {seconds:.0f} s")  # in a log, where there is no bar
 
         try:
             report = run_study(tasks, rows.save, measurer, overwrite=rows.overwrite, command=command, tell=tell)
