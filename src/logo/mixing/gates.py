@@ -100,10 +100,11 @@ class Gates:
 
 def _used(value: Tensor, tokens: int) -> Tensor | None:
     """The columns (rows, r) whose gate (rows, R) is not 0, as many as the row with most has, and others in rows with
-    fewer; None if multiplying every row of so many tokens by all columns takes no longer."""
+    fewer; None if multiplying every row of so many tokens by all columns takes no longer, or if the copies would take
+    more than twice the memory of what they are multiplied by."""
     acts = value != 0
-    r = int(acts.sum(dim=1).max())
-    if value.shape[1] * tokens <= r * (tokens + _COPIED):
+    r = max(1, int(acts.sum(dim=1).max()))
+    if value.shape[1] * tokens <= r * (tokens + _COPIED) or r > 2 * tokens:
         return None
     return acts.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :r]
 
