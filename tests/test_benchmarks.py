@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import batches
 import cost
 import gpu
 import instruct_pool
@@ -85,6 +86,20 @@ def test_peft_does_the_same_method(tmp_path: Path) -> None:
         assert arm.answer(prompt, config) == list(answer.token_ids)
         assert arm.answer_active(prompt, config) == list(answer.token_ids)
     assert arm.answer_batch(asked, config) == [list(answer.token_ids) for answer in ours]
+
+
+def test_a_batch_is_measured_on_a_pool_of_its_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    adapters = ROOT / "src/logo/demo/assets/adapters"
+    batches.main(["demo", str(adapters), "--rows", "2", "--tokens", "8", "--new", "3", "-k", "2", "--rounds", "1"])
+    shown = capsys.readouterr()
+    parts = [line.rsplit(maxsplit=3)[0] for line in shown.out.splitlines()]
+    assert parts == ["read, base", "answer, base", "select", "read, k 2", "answer, k 2", "select and answer, k 2"]
+    assert [line.split()[-1] for line in shown.out.splitlines()[:2]] == ["1.00", "1.00"]
+    assert "2 prompts of 8 tokens, answers of 3 · 16 adapters · torch.float32" in shown.err
+
+    write_adapters(tmp_path, SMALL, 1, seed=3)
+    with pytest.raises(SystemExit, match="expected adapters with example prompts, found none"):
+        batches.main(["demo", str(tmp_path)])
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
