@@ -74,6 +74,7 @@ class Plan:
         rounds: measured rounds, after a warm-up round.
         device, dtype: of the base model.
         peft: whether to measure PEFT.
+        quick: whether to leave out prompts of 4,000 tokens and those that are read once.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
@@ -85,6 +86,7 @@ class Plan:
     device: str = "cpu"
     dtype: str = "float32"
     peft: bool = True
+    quick: bool = False
     seed: int = 0
 
 
@@ -96,16 +98,17 @@ def measure(plan: Plan) -> Iterator[MeasuredPart]:
     with _opened(plan, plan.sizes) as bench:
         opened = bench.opening()
         yield bench.selecting()
-        for tokens in LONG:
+        for tokens in LONG[:1] if plan.quick else LONG:
             yield bench.long(tokens)
         yield bench.prefilling()
         for rows in (1, batch):
             yield bench.decoding(rows)
-        once = bench.reading_once()
-        yield bench.once_prefill(once)
-        for rows in (1, batch):
-            yield bench.once_end_to_end(once, rows)
-        del once
+        if not plan.quick:
+            once = bench.reading_once()
+            yield bench.once_prefill(once)
+            for rows in (1, batch):
+                yield bench.once_end_to_end(once, rows)
+            del once
         peft: list[PeftArm] = []
         if plan.peft:
             # Last, so that PEFT's hundred thousand modules for hundreds of adapters slow down no other arm; and once,
@@ -191,7 +194,7 @@ def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
     plan = plan or Plan()
     sizes = plan.sizes
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two rounds, 60 adapters, no PEFT")
+    parser.add_argument("--quick", action="store_true", help="one round, 60 adapters, no PEFT, no prompts that are long or read once")
     parser.add_argument("--rounds", type=int, default=plan.rounds, help="measured rounds, after a warm-up round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
     parser.add_argument("--adapters", type=int, default=plan.adapters, help="adapters in the pool")
@@ -208,7 +211,7 @@ def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
     parser.add_argument("--seed", type=int, default=plan.seed, help="random seed of weights and prompts")
     options = parser.parse_args(argv)
     if options.quick:
-        parser.set_defaults(rounds=2, adapters=60, no_peft=True)
+        parser.set_defaults(rounds=1, adapters=60, no_peft=True)
         options = parser.parse_args(argv)
     plan = replace(
         plan,
@@ -221,6 +224,7 @@ def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
         device=options.device,
         dtype=options.dtype,
         peft=not options.no_peft,
+        quick=options.quick,
         seed=options.seed,
     )
     print(f"{'part':<25}{'arm':<22}{'ms':>10}  peak MB", flush=True)

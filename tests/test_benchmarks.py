@@ -66,6 +66,14 @@ def test_every_ratio_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert report["about"]["hardware"] in shown
 
 
+def test_a_quick_run_measures_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan(sizes=SMALL, layer=replace(SMALL, layers=1), k=2, lengths=SHORT)
+    cost.main(["--quick", "--adapters", "6"], plan)
+    shown = capsys.readouterr().out
+    assert "e2e16_vs_base" in shown and "select_1000_vs_prefill" in shown and "medians of 1 rounds" in shown
+    assert not any(left_out in shown for left_out in ("peft", "4000", "read_once"))
+
+
 def test_peft_does_the_same_method(tmp_path: Path) -> None:
     """Same adapters, weights and tokens: what is compared is the same work."""
     write_adapters(tmp_path, SMALL, 6, seed=3)
