@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
     plan = plan or Plan()
     sizes = plan.sizes
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round, 60 adapters, no PEFT, no prompts that are long or read once")
+    parser.add_argument("--quick", action="store_true", help="one round, 60 adapters, no long prompts, no PEFT")
     parser.add_argument("--rounds", type=int, default=plan.rounds, help="measured rounds, after a warm-up round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
     parser.add_argument("--adapters", type=int, default=plan.adapters, help="adapters in the pool")
