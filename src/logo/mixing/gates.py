@@ -28,22 +28,15 @@ _COPIED = 128
 
 @dataclass(frozen=True)
 class Gate:
-    """What the responses to a stack are multiplied by, (..., R) or (rows, 1, r)."""
+    """What the responses to a stack are multiplied by, (..., R) or (rows, 1, r).
+
+    A gate of 0 gives 0 even if the response is not finite, so an adapter that overflows affects only the rows that use
+    it.
+    """
 
     value: Tensor
     open: Tensor | None  # all bits are 1 where an adapter acts, and 0 elsewhere; None: it acts everywhere
     columns: Tensor | None = None  # (rows, r), of the stack, that each row multiplies; None: every row multiplies all
-
-    def applied(self, response: Tensor) -> Tensor:
-        """`g ⊙ response`. A gate of 0 gives 0 even if the response is not finite, so an adapter that overflows affects
-        only the rows that use it."""
-        product = response * self.value
-        if self.open is None:
-            return product
-        if product.requires_grad:
-            return product.masked_fill(self.open == 0, 0)
-        product.view(self.open.dtype).bitwise_and_(self.open)  # on CPUs a tenth of the time of `masked_fill_`
-        return product
 
 
 class Gates:
@@ -60,19 +53,19 @@ class Gates:
         self._per_token = per_token
         self._gates: dict[tuple[Any, ...], tuple[Tensor, Gate]] = {}  # and their owners, which stay alive
 
-    def at(self, stack: Stack, lead: torch.Size) -> Gate:
+    def at(self, stack: Stack, lead: torch.Size, *, own: bool = True) -> Gate:
         """The gate of one module, whose input is (*lead, d_in).
+
+        Args:
+            own: whether rows may multiply columns of their own.
 
         Raises:
             ValueError: the gates are those of another number of rows or tokens.
         """
         # Modules that the same adapters touch share one owner, and so one gate.
-        key = (id(stack.owner), lead, stack.A.device, stack.A.dtype)
-        if key not in self._gates:
-            self._gates[key] = stack.owner, self._made(stack, lead)
-        return self._gates[key][1]
-
-    def _made(self, stack: Stack, lead: torch.Size) -> Gate:
+        key = (id(stack.owner), lead, own, stack.A.device, stack.A.dtype)
+        if key in self._gates:
+            return self._gates[key][1]
         rows = len(self._weights)
         count = lead.numel() if self._per_token else lead[0]
         if rows != 1 and (count != rows if self._per_token else count % rows):
@@ -82,7 +75,7 @@ class Gates:
         if rows not in (1, count):
             value = value.repeat_interleave(count // rows, dim=0)
         columns = None
-        if rows != 1 and not self._per_token and len(lead) == 2:
+        if own and rows != 1 and not self._per_token and len(lead) == 2:
             columns = _used(value, lead[1])
         if columns is not None:
             value = value.gather(1, columns)
@@ -90,12 +83,15 @@ class Gates:
             value = value.view(*(lead if self._per_token else (count, *[1] * (len(lead) - 1))), -1)
         acts = value != 0
         bits = None if bool(acts.all()) else -acts.to(_BITS[value.element_size()])
-        device = stack.A.device
-        return Gate(
-            _placed(value, device),
-            None if bits is None else _placed(bits, device),
-            None if columns is None else _placed(columns, device),
+        # On CUDA the copies have read the host memory when the calls return, and do not wait for running kernels.
+        place: dict[str, Any] = {"device": stack.A.device, "non_blocking": stack.A.device.type == "cuda"}
+        gate = Gate(
+            value.to(**place),
+            None if bits is None else bits.to(**place),
+            None if columns is None else columns.to(**place),
         )
+        self._gates[key] = stack.owner, gate
+        return gate
 
 
 def _used(value: Tensor, tokens: int) -> Tensor | None:
@@ -107,11 +103,6 @@ def _used(value: Tensor, tokens: int) -> Tensor | None:
     if value.shape[1] * tokens <= r * (tokens + _COPIED) or r > 2 * tokens:
         return None
     return acts.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :r]
-
-
-def _placed(tensor: Tensor, device: torch.device) -> Tensor:
-    """On CUDA the copy has read the host memory when the call returns, and does not wait for running kernels."""
-    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 class OpeningGates:
@@ -150,10 +141,10 @@ class OpeningGates:
         self._at_head = seen + at_head.cpu() if isinstance(at_head, Tensor) else None
         self._gates.clear()
 
-    def at(self, stack: Stack, lead: torch.Size) -> Gate:
+    def at(self, stack: Stack, lead: torch.Size, *, own: bool = True) -> Gate:
         """As `Gates.at`, for all tokens of the pass or for those columns of each row that an output head gets."""
         if self._columns is None:
-            return self._open.at(stack, lead)
+            return self._open.at(stack, lead, own=own)
         rows = len(self._weights)
         width = len(self._columns)
         tokens = lead.numel()
@@ -167,7 +158,7 @@ class OpeningGates:
             gates = torch.where(columns[:, None] >= self._begins[:, None], self._weights[:, None], 0.0)
             gates = gates.repeat_interleave(self._batch // rows, dim=0)  # (batch, columns, n)
             self._gates[tokens] = Gates(gates.flatten(0, 1), per_token=True)
-        return self._gates[tokens].at(stack, lead)
+        return self._gates[tokens].at(stack, lead, own=own)
 
 
 @contextmanager
@@ -190,28 +181,29 @@ def added(
     """The output of a module and `B (g ⊙ (A x))`, in the stack's dtype, of its input (..., d_in), or of tokens (...) if
     it is an embedding; with the first two arguments bound, a forward hook."""
     x = inputs[0]
-    if not x.is_floating_point():
-        gated = gates.at(stack, x.shape).applied(nn.functional.embedding(x, stack.A.T))
-        # Gemma's embeddings multiply their output; PEFT does the same.
-        return _plus(output, gated, stack.B, getattr(module, "embed_scale", None))
-    x = x.to(stack.A.dtype)
-    gate = gates.at(stack, x.shape[:-1])
-    if gate.columns is None:
-        return _plus(output, gate.applied(nn.functional.linear(x, stack.A)), stack.B)
-    own_A = stack.A[gate.columns]  # (rows, r, d_in)
-    return _plus(output, gate.applied(x @ own_A.mT), stack.B[gate.columns])
-
-
-def _plus(output: Tensor, left: Tensor, right: Tensor, scale: Tensor | float | None = None) -> Tensor:
-    """`output + scale left @ right`, for a matrix on the right or one of each row. The output may be changed in place:
-    it is new, and without gradients nobody else reads it."""
-    if output.requires_grad or scale is not None or output.dtype != left.dtype or not output.is_contiguous():
-        product = left @ right
-        term = (product if scale is None else product * scale).to(output.dtype)
+    A, B = stack.A, stack.B
+    if x.is_floating_point():
+        gate = gates.at(stack, x.shape[:-1])
+        if gate.columns is not None:
+            A, B = A[gate.columns], B[gate.columns]  # (rows, r, d)
+        response = x.to(A.dtype) @ A.mT  # (..., R) or (rows, tokens, r)
+    else:
+        gate = gates.at(stack, x.shape, own=False)
+        response = nn.functional.embedding(x, A.T)
+    gated = response * gate.value
+    if gate.open is not None and gated.requires_grad:
+        gated = gated.masked_fill(gate.open == 0, 0)
+    elif gate.open is not None:
+        gated.view(gate.open.dtype).bitwise_and_(gate.open)  # on CPUs a tenth of the time of `masked_fill_`
+    scale = getattr(module, "embed_scale", None)  # Gemma's embeddings multiply their output; PEFT does the same
+    # The output may be changed in place: it is new, and without gradients nobody else reads it.
+    if scale is not None or output.requires_grad or output.dtype != gated.dtype or not output.is_contiguous():
+        term = gated @ B if scale is None else (gated @ B) * scale
+        term = term.to(output.dtype)
         return output + term if output.requires_grad else output.add_(term)
-    if right.dim() == 3:
-        return output.baddbmm_(left, right)
-    output.view(-1, output.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), right)
+    if gate.columns is not None:
+        return output.baddbmm_(gated, B)
+    output.view(-1, output.shape[-1]).addmm_(gated.reshape(-1, gated.shape[-1]), B)
     return output
 
 
