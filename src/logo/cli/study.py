@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
+from rich.progress import Progress
 from rich.text import Text
 
 from logo.cli.opening import MODEL_DIR, QUIET, note_dtype, placed, quiet_transformers
@@ -197,16 +198,7 @@ def study(
         in_pool = len(of_tasks.intersection(names))
         total = sum(len(task.rows) for task in tasks)
         note(f"adapters: {len(names)} · tasks: {len(of_tasks)}, {in_pool} with an adapter of their own · rows: {total}")
-        bar = bars.add_task("rows", total=total)
-        began = time.monotonic()
-
-        def tell(task: str) -> None:
-            bars.update(bar, advance=1, description=task)
-            done = int(bars.tasks[0].completed)
-            seconds = time.monotonic() - began
-            if not err.is_terminal and seconds > QUIET and 10 * done // total > 10 * (done - 1) // total:
-                note(f"rows: {done} of {total} after {seconds:.0f} s")  # in a log, where there is no bar
-
+        tell = _shown_in(bars, total)
         try:
             report = run_study(tasks, rows.save, measurer, overwrite=rows.overwrite, command=command, tell=tell)
         except KeyboardInterrupt:
@@ -218,6 +210,22 @@ def study(
     else:
         _show(report, list(rows.folders))
         note(str(rows.save))
+
+
+def _shown_in(bars: Progress, total: int) -> Callable[[str], None]:
+    """Shows how many of the rows are done, by a bar on a terminal and by a line for every tenth of them in a log."""
+    bar = bars.add_task("rows", total=total)
+    began = time.monotonic()
+
+    def tell(task: str) -> None:
+        bars.update(bar, advance=1, description=task)
+        done = int(bars.tasks[0].completed)
+        seconds = time.monotonic() - began
+        is_tenth = 10 * done // total > 10 * (done - 1) // total
+        if is_tenth and seconds > QUIET and not err.is_terminal:
+            note(f"rows: {done} of {total} after {seconds:.0f} s")
+
+    return tell
 
 
 def parts(text: str) -> list[str]:

@@ -57,7 +57,7 @@ class Gates:
         """The gate of one module, whose input is (*lead, d_in).
 
         Args:
-            own: whether rows may multiply columns of their own.
+            own: whether each row may multiply only the columns that it uses, where that is faster.
 
         Raises:
             ValueError: the gates are those of another number of rows or tokens.
@@ -82,12 +82,12 @@ class Gates:
         if rows != 1:  # a single row serves any shape
             value = value.view(*(lead if self._per_token else (count, *[1] * (len(lead) - 1))), -1)
         acts = value != 0
-        bits = None if bool(acts.all()) else -acts.to(_BITS[value.element_size()])
+        open_bits = None if bool(acts.all()) else -acts.to(_BITS[value.element_size()])
         # On CUDA the copies have read the host memory when the calls return, and do not wait for running kernels.
         place: dict[str, Any] = {"device": stack.A.device, "non_blocking": stack.A.device.type == "cuda"}
         gate = Gate(
             value.to(**place),
-            None if bits is None else bits.to(**place),
+            None if open_bits is None else open_bits.to(**place),
             None if columns is None else columns.to(**place),
         )
         self._gates[key] = stack.owner, gate
@@ -99,10 +99,12 @@ def _used(value: Tensor, tokens: int) -> Tensor | None:
     fewer; None if multiplying every row of so many tokens by all columns takes no longer, or if the copies would take
     more than twice the memory of what they are multiplied by."""
     acts = value != 0
-    r = max(1, int(acts.sum(dim=1).max()))
-    if value.shape[1] * tokens <= r * (tokens + _COPIED) or r > 2 * tokens:
+    most_used = max(1, int(acts.sum(dim=1).max()))
+    all_cost = value.shape[1] * tokens
+    own_cost = most_used * (tokens + _COPIED)
+    if all_cost <= own_cost or most_used > 2 * tokens:
         return None
-    return acts.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :r]
+    return acts.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most_used]
 
 
 class OpeningGates:
@@ -158,7 +160,7 @@ class OpeningGates:
             gates = torch.where(columns[:, None] >= self._begins[:, None], self._weights[:, None], 0.0)
             gates = gates.repeat_interleave(self._batch // rows, dim=0)  # (batch, columns, n)
             self._gates[tokens] = Gates(gates.flatten(0, 1), per_token=True)
-        return self._gates[tokens].at(stack, lead, own=own)
+        return self._gates[tokens].at(stack, lead)
 
 
 @contextmanager
@@ -181,11 +183,13 @@ def added(
     """The output of a module and `B (g ⊙ (A x))`, in the stack's dtype, of its input (..., d_in), or of tokens (...) if
     it is an embedding; with the first two arguments bound, a forward hook."""
     x = inputs[0]
-    A, B = stack.A, stack.B
+    A = stack.A
+    B = stack.B
     if x.is_floating_point():
         gate = gates.at(stack, x.shape[:-1])
         if gate.columns is not None:
-            A, B = A[gate.columns], B[gate.columns]  # (rows, r, d)
+            A = A[gate.columns]  # (rows, r, d_in)
+            B = B[gate.columns]  # (rows, r, d_out)
         response = x.to(A.dtype) @ A.mT  # (..., R) or (rows, tokens, r)
     else:
         gate = gates.at(stack, x.shape, own=False)
