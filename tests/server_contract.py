@@ -173,6 +173,10 @@ def test_answers_end_where_they_should(server: Server, library: LoGo) -> None:
     assert stop and cut == {**cut, "text": whole[: whole.index(stop)], "finish_reason": "stop"}
     short = completion(server, prompt=PROMPTS[3], model=server.base, max_tokens=2)
     assert short["usage"]["completion_tokens"] == 2 and short["choices"][0]["finish_reason"] == "length"
+    ended = completion(server, max_tokens=24)
+    assert ended["usage"]["completion_tokens"] < 24 and ended["choices"][0]["finish_reason"] == "stop"
+    longest = completion(server, max_tokens=24, ignore_eos=True)
+    assert longest["usage"]["completion_tokens"] == 24 and longest["choices"][0]["finish_reason"] == "length"
 
 
 def test_a_seed_repeats_and_choices_differ(server: Server) -> None:

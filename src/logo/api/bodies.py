@@ -232,7 +232,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("best_of", "repetition_penalty", "length_penalty"), (1,)),
     **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "documents"), ([],)),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-    **dict.fromkeys(("echo", "logprobs", "use_beam_search", "ignore_eos", "include_stop_str_in_output"), (False,)),
+    **dict.fromkeys(("echo", "logprobs", "use_beam_search", "include_stop_str_in_output"), (False,)),
     **dict.fromkeys(("return_tokens_as_token_ids", "continue_final_message"), (False,)),
     **dict.fromkeys(("skip_special_tokens", "add_generation_prompt"), (True,)),
     **dict.fromkeys(("audio", "web_search_options", "reasoning_effort", "top_logprobs", "prompt_logprobs"), ()),
@@ -266,6 +266,7 @@ class _TextRequest(ModelRequest):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
+    ignore_eos: bool = False  # vLLM's: an answer has all of its tokens, so that servers can be compared
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None  # the same, by its newer name
 

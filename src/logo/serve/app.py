@@ -135,7 +135,7 @@ class _Api:
             prompts = await self.reader.prompts(body, len(await request.body()))
             logged["prompt_tokens"] = sum(map(len, prompts))
             most_tokens = self.reader.most_tokens(body, prompts)
-            sampling = Sampling(most_tokens, body.temperature, body.top_p, body.seed)
+            sampling = Sampling(most_tokens, body.temperature, body.top_p, body.seed, body.ignore_eos)
             chosen = await self.answering.choose(prompts, mixture_request, began, logged)
             for mixture in chosen:
                 held.callback(mixture.release)

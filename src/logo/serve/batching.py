@@ -348,7 +348,7 @@ class Batching:
     def _take(self, job: AnswerJob, token: int) -> None:
         """Adds a token to an answer, which may end with it."""
         job.tokens.append(token)  # a reason comes later, so that no caller sees it without its token
-        if token in self._ends or any(rule(job.tokens) for rule in self._rules):
+        if not job.sampling.ignore_eos and (token in self._ends or any(rule(job.tokens) for rule in self._rules)):
             job.reason = "stop"
         elif len(job.tokens) == job.sampling.max_tokens:
             job.reason = "length"

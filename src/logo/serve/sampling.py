@@ -23,12 +23,13 @@ _GREEDY = 1e-5
 @dataclass(frozen=True)
 class Sampling:
     """How one answer is decoded: the most new tokens, the temperature (0 is greedy), the share of the probability mass
-    that is sampled from, and the seed of its draws (None: random)."""
+    that is sampled from, the seed of its draws (None: random), and whether it goes on behind tokens that end it."""
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    ignore_eos: bool = False
 
     @property
     def greedy(self) -> bool:
