@@ -218,6 +218,39 @@ def test_a_selection_is_the_librarys(server: Server, library: LoGo) -> None:
         assert found["scores"] == same_scores(want.scores) and found["confidence"] == pytest.approx(want.confidence)
 
 
+def test_a_text_is_classified_for_a_router(server: Server, library: LoGo) -> None:
+    """What vllm-project/semantic-router demands of an `http_classify` service: `alignScoresToMapping` in
+    src/semantic-router/pkg/classification/http_classifier.go, commit 3d48f8c9."""
+    for prompt in [*PROMPTS, "Who was the first emperor of Rome?"]:
+        answer = server.ask("/classify", {"inputs": prompt}).raise_for_status().json()
+        scores = {one["label"]: one["score"] for one in answer}
+        assert len(scores) == len(answer) and set(scores) == {*library.names, server.base}
+        assert all(0 <= score <= 1 for score in scores.values()) and sum(scores.values()) == pytest.approx(1)
+        want = library.select(prompt)
+        assert max(library.names, key=scores.__getitem__) == want.adapters[0]
+        assert scores[server.base] == pytest.approx(1 - want.confidence, abs=1e-3)
+    assert "inputs" in refused(server.ask("/classify", {"inputs": 7}), 400)
+
+
+def test_a_request_says_how_likely_an_adapter_is_and_what_answers_if_unsure(server: Server, library: LoGo) -> None:
+    prompt = "Who was the first emperor of Rome?"
+    for options in ({"prior": 0.01}, {"prior": 0.5, "when_unsure": "mix"}, {"prior": 1e-6, "when_unsure": "base"}):
+        want = library.select(prompt, **options)
+        got = completion(server, prompt=prompt, logo=options)["logo"]
+        assert got["adapters"] == list(want.adapters)
+        assert got["confidence"] == pytest.approx(want.confidence, abs=1e-3)
+    assert "confidence" in refused(
+        server.ask(
+            "/v1/completions",
+            {"model": "logo", "prompt": prompt, "logo": {"prior": 1e-6, "when_unsure": "refuse"}},
+        ),
+        400,
+    )
+    assert "prior" in refused(
+        server.ask("/v1/completions", {"model": "logo", "prompt": prompt, "logo": {"prior": 1}}), 400
+    )
+
+
 def test_the_models_are_told(server: Server, library: LoGo) -> None:
     with server.client() as client:
         assert {one.id for one in client.models.list()} == {"logo", server.base, *library.names}

@@ -20,7 +20,7 @@ import yaml
 
 from logo.cli.app import app
 from logo.cli.serve_options import ServerOptions
-from logo.serve.app import AppSettings
+from logo.serve.routes import AppSettings
 from order import FIRST
 from serving import served
 from tolerances import PATIENCE

@@ -315,11 +315,11 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
         deltas = service.batching.generate([AnswerJob(ids, chosen, Sampling(30))])
         first = (await anext(deltas))[1]
         waiting = await choose(service, Prompt.of_ids(ids), wanted)  # selected, not begun
-        await service.remove("t1")
+        await service.selecting.remove("t1")
         shutil.rmtree(tmp_path / "pool" / "t1")
         with pytest.raises(ApiError, match="t1"):
             await choose(service, Prompt.of_ids(ids), wanted)
-        await service.add(tmp_path / "other", "t1")
+        await service.selecting.add(tmp_path / "other", "t1")
         new = await answer(service, ids, wanted, Sampling(30))
         rest = [token async for _, new, _ in deltas for token in new]
         more = service.batching.generate([AnswerJob(ids, waiting, Sampling(30))])
@@ -352,8 +352,12 @@ def test_what_cannot_be_used_changes_nothing(fault: str, on_bad: str, llama: nn.
     async def use(service: Service) -> Any:
         before = (await choose(service, ids, MixtureRequest())).chosen.selection
         with pytest.raises((AdapterError, PoolError)):
-            await service.add(bad, "t1" if fault == "taken" else "new")
-        return before, (await choose(service, ids, MixtureRequest())).chosen.selection, tuple(service.adapters)
+            await service.selecting.add(bad, "t1" if fault == "taken" else "new")
+        return (
+            before,
+            (await choose(service, ids, MixtureRequest())).chosen.selection,
+            tuple(service.selecting.adapters),
+        )
 
     before, after, names_after = served(logo, use)
     assert before == after
@@ -472,11 +476,11 @@ def test_other_signals_are_there_while_they_can_score_the_pool(llama: nn.Module,
         write_adapter(tmp_path / place, llama, modules, rank=2, seed=1)
 
     async def use(service: Service) -> list[tuple[str, ...]]:
-        found = [service.signals]
-        await service.add(tmp_path / "values", "values")
-        found.append(service.signals)
-        await service.remove("values")
-        return [*found, service.signals]
+        found = [service.selecting.signals]
+        await service.selecting.add(tmp_path / "values", "values")
+        found.append(service.selecting.signals)
+        await service.selecting.remove("values")
+        return [*found, service.selecting.signals]
 
     logo = LoGo(llama, tokenizer(), AdapterPool.open(tmp_path / "pool"))
     assert served(logo, use, signals=["norm"]) == [("calibrated", "norm"), ("calibrated",), ("calibrated", "norm")]
@@ -487,7 +491,7 @@ def test_the_last_adapter_stays(llama: nn.Module, tmp_path: Path) -> None:
 
     async def use(service: Service) -> None:
         with pytest.raises(UsageError, match="is the last one of the pool and cannot be removed"):
-            await service.remove("t0")
+            await service.selecting.remove("t0")
 
     served(engine(llama, tmp_path / "pool", k=1), use)
 
@@ -502,7 +506,7 @@ def test_a_model_that_keeps_a_state_is_refused_at_the_start(tmp_path: Path) -> N
 def test_where_generation_has_stopped_nothing_is_taken(llama: nn.Module, adapters: Path) -> None:
     async def use(service: Service) -> None:
         service.batching.stop()
-        with pytest.raises(NotReady, match="start"), service.admitted():
+        with pytest.raises(NotReady, match="start"), service.entrance.admitted():
             pass
         for _ in range(2):  # whoever was taken before hears of it, and nobody waits for ever
             with pytest.raises(NotReady, match="generation has stopped"):

@@ -29,8 +29,9 @@ from logo.cli.app import run
 from logo.demo import adapters_dir
 from logo.serve import app as app_module
 from logo.serve import reading
-from logo.serve.app import AppSettings, create_app
+from logo.serve.app import create_app
 from logo.serve.memory import Memory
+from logo.serve.routes import AppSettings
 from logo.serve.service import Service
 from serving import endless
 from tolerances import PATIENCE

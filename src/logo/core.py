@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from logo.errors import UsageError
@@ -131,6 +131,8 @@ class Selection:
             selection, and for signals whose scores have no scale of their own.
         signal: the signal whose scores these are; None for a selection that no signal made.
         silent: adapters of the pool that cannot act on the prompt, since it lacks their invocation tokens.
+        probabilities: of each candidate, that it is the adapter that was made for this prompt; they sum to the
+            confidence (to 1 where there is none). Empty for a selection that no signal made.
     """
 
     adapters: tuple[str, ...]
@@ -139,6 +141,7 @@ class Selection:
     confidence: float | None = None
     signal: str | None = None
     silent: tuple[str, ...] = ()
+    probabilities: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def forced(cls, weights: Mapping[str, float]) -> Selection:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from logo.api.errors import bad_request, plain
-from logo.core import Weighting
+from logo.core import Weighting, WhenUnsure
 
 _T = TypeVar("_T")
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -120,6 +120,8 @@ class LogoOptions(Body):
     signal: str | None = None
     weighting: Weighting | None = None
     candidates: Distinct | None = None
+    prior: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    when_unsure: WhenUnsure | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -193,6 +195,12 @@ class SelectRequest(ModelRequest):
             given = "none" if self.prompt is None else "both"
             raise _refused(f"expected either 'prompt' or 'messages', found {given}")
         return self
+
+
+class ClassifyRequest(Body):
+    """Body of `POST /classify`, as text classifiers of Hugging Face and vllm-project/semantic-router have it."""
+
+    inputs: Annotated[str, Field(min_length=1)]
 
 
 def asked_tokens(body: SelectRequest | CompletionRequest | ChatRequest) -> tuple[int, str] | None:

@@ -6,6 +6,7 @@ is written during a request has its id.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
@@ -13,8 +14,13 @@ from contextvars import ContextVar
 from datetime import datetime, timezone
 from typing import Any
 
+from logo.api.replies import Chosen
+from logo.core import Prompt
+from logo.errors import Unsure
+
 # The request that is being answered; None outside of any.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+LOGGED_TOKENS = 200  # the most of a prompt that a line holds
 _IN_THE_MESSAGE = ("method", "path", "status")
 _OF_THE_FIRST = ("adapters", "confidence")
 
@@ -69,3 +75,26 @@ def configure(log_json: bool) -> None:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(level)
+
+
+def selection_entry(prompt: Prompt, outcome: Chosen | Unsure, text: str | None = None) -> dict[str, Any]:
+    """What a request's line says of one of its prompts, whose mixture was selected or named, or that no adapter was
+    found for; `text`: that of the first `LOGGED_TOKENS` tokens that were probed, if prompts are logged."""
+    chosen = None if isinstance(outcome, Unsure) else outcome
+    mixture = {} if chosen is None else chosen.selection.mixture
+    confidence = outcome.confidence if isinstance(outcome, Unsure) else outcome.selection.confidence
+    entry: dict[str, Any] = {
+        "prompt_sha256": hashlib.sha256(" ".join(map(str, prompt.ids)).encode()).hexdigest()[:16],
+        "adapters": list(mixture),
+        "weights": [round(weight, 4) for weight in mixture.values()],
+    }
+    if confidence is not None:
+        entry["confidence"] = round(confidence, 4)
+    if text is not None:
+        entry["prompt"] = text
+        entry["cut"] = len(prompt.probed) > LOGGED_TOKENS
+    if chosen is not None:
+        entry["named"] = bool(mixture) and not chosen.selection.scores
+        entry["probe_ms"] = round(chosen.probe_ms, 1)
+        entry["queue_ms"] = round(chosen.queue_ms, 1)
+    return entry

@@ -49,6 +49,15 @@ class Chosen:
         return {**self.reply(), "scores": self.selection.scores, "tokens": tokens}
 
 
+def labels(selection: Selection, base: str) -> list[dict[str, Any]]:
+    """Answer of `POST /classify`, the likeliest first: the probability of each adapter that it was made for the text,
+    and, under the name of the base model, that none was. They sum to 1."""
+    none = 1.0 - sum(selection.probabilities.values())
+    scores = {**dict.fromkeys(selection.scores, 0.0), **selection.probabilities, base: max(0.0, none)}
+    ranked = sorted(scores.items(), key=lambda item: -item[1])
+    return [{"label": label, "score": score} for label, score in ranked]
+
+
 def model_card(name: str, role: Role, base: str, about: Mapping[str, Any]) -> dict[str, Any]:
     """What `GET /v1/models` says of a name that requests may give as `model`: beside what is said `about` all of them,
     an adapter's root is itself and its parent the base model; what `logo` selects from has no parent."""

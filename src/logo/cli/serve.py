@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from logo.api.guards import GuardSettings
 
 MAX_BODY = 1_000_000  # bytes of a request
+_SIGNALS = ("norm",)  # that requests may ask for besides the engine's own
 
 
 def serve(
@@ -41,6 +42,9 @@ def serve(
         return
     for flag in (*changed(server, "replicas", "dry_run").values(), *vllm_flags):
         raise UsageError(f"{flag} is only for --engine vllm")
+    if server.select_only:
+        for flag in changed(server, "max_concurrent", "kv_cache_gb", "adapter_memory_gb").values():
+            raise UsageError(f"{flag} is for a server that generates: leave it out, or --select-only")
     need("the server", "starlette", "uvicorn", "prometheus_client")
     adapter_changes = _changes_folder(server.allow_adapter_changes)
     from logo.api.guards import is_loopback
@@ -59,8 +63,9 @@ def serve(
     name = server.model_name(base_model)
 
     from logo.api.names import check_pool, unmatched
-    from logo.serve.app import AppSettings
+    from logo.serve.app import create_app, create_selector
     from logo.serve.memory import Memory
+    from logo.serve.routes import AppSettings
     from logo.serve.running import serve as run
     from logo.serve.service import Service
 
@@ -69,10 +74,14 @@ def serve(
     check_pool(name, logo.names)
     for pattern in unmatched(logo.names, guards.key_adapters):
         tell(f"--key-adapters: no adapter matches {pattern!r} now")
-    memory = Memory(server.max_concurrent, server.kv_cache_gb)
-    service = Service(logo, memory, signals=("norm",))
-    tell(service.batching.plan.line)
-    run(service, settings, guards, socket, lambda: tell(f"Serving on {address_of(socket)}"))
+    if server.select_only:
+        app, entrance = create_selector(logo, settings, signals=_SIGNALS)
+    else:
+        service = Service(logo, Memory(server.max_concurrent, server.kv_cache_gb), signals=_SIGNALS)
+        service.batching.start()  # so that an error here is one line, not a traceback of uvicorn
+        tell(service.batching.plan.line)
+        app, entrance = create_app(service, settings), service.entrance
+    run(app, entrance, guards, socket, lambda: tell(f"Serving on {address_of(socket)}"))
 
 
 def _changes_folder(folder: Path | None) -> Path | None:

@@ -66,6 +66,9 @@ class ServerOptions:
     server: Annotated[Engine, Parameter(name="--engine")] = "local"
     """This process, or vLLM's own server."""
 
+    select_only: bool = False
+    """Generate nothing: answer only which adapters a prompt selects."""
+
     replicas: Annotated[int | None, in_words("one", validator=positive)] = None
     """With --engine vllm: how many processes answer (needs Ray)."""
 

@@ -39,6 +39,7 @@ INSTEAD = {
     "adapter_memory_gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
     "key_adapters": "vLLM cannot bind API keys to adapters",
     "allow_adapter_changes": f"set {LORA_UPDATES}=1",
+    "select_only": "`logo serve --select-only` needs no vLLM, and vLLM's server has `/classify`, too",
     "log": "set VLLM_LOGGING_CONFIG_PATH, or use `-- --enable-log-requests` for prompts",
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -11,34 +10,28 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from logo.api.errors import ApiError, failed
+from logo.api.errors import ApiError
 from logo.api.logs import request_id
 from logo.api.names import MixtureRequest
 from logo.core import Prompt
-from logo.errors import Unsure
 from logo.serve.answers import Call, Chunk, choice, event, head, mixtures, usage
 from logo.serve.batching import AnswerJob
+from logo.serve.choosing import Choosing
 from logo.serve.metrics import Metrics
 from logo.serve.packed import HeldMixture
 from logo.serve.service import Service
 from logo.text import Text
 
-_LOGGED = 200  # the most tokens of a prompt that are logged
 _log = logging.getLogger("logo.serve")
 
 
 class Answering:
-    """Answers requests within a time limit (seconds), and says in metrics and in the log how.
+    """Answers requests, and says in metrics and in the log how."""
 
-    Args:
-        log_prompts: whether lines of the log hold the beginnings of prompts.
-    """
-
-    def __init__(self, service: Service, metrics: Metrics, timeout: float, log_prompts: bool) -> None:
+    def __init__(self, service: Service, metrics: Metrics, choosing: Choosing) -> None:
         self._service = service
         self._metrics = metrics
-        self._timeout = timeout
-        self._log_prompts = log_prompts
+        self._choosing = choosing
 
     async def choose(
         self, prompts: Sequence[Prompt], request: MixtureRequest, began: float, logged: dict[str, Any]
@@ -48,51 +41,17 @@ class Answering:
 
         async def choosing() -> list[HeldMixture]:
             outcomes = await self._service.select(prompts, request)
-            logged["selections"] = [
-                self._noted(prompt, outcome)
-                for prompt, outcome in zip(prompts, outcomes, strict=True)
-                if isinstance(outcome, (HeldMixture, Unsure))
-            ]
-            chosen = [outcome for outcome in outcomes if isinstance(outcome, HeldMixture)]
+            chosen = [outcome.chosen if isinstance(outcome, HeldMixture) else outcome for outcome in outcomes]
+            self._choosing.note(prompts, chosen, logged)
+            mixtures = [outcome for outcome in outcomes if isinstance(outcome, HeldMixture)]
             for outcome in outcomes:
                 if isinstance(outcome, BaseException):
-                    for mixture in chosen:
+                    for mixture in mixtures:
                         mixture.release()
                     raise outcome
-            return await self._service.loading.load(chosen)
+            return await self._service.loading.load(mixtures)
 
-        try:
-            return await asyncio.wait_for(choosing(), self.seconds_left(began))
-        except asyncio.TimeoutError:
-            raise self._late() from None
-
-    def _noted(self, prompt: Prompt, outcome: HeldMixture | Unsure) -> dict[str, Any]:
-        """Counts a selection, also one that is too unsure to answer; the entry of the log about it."""
-        if isinstance(outcome, Unsure):
-            chosen = None
-            mixture = {}
-            confidence: float | None = outcome.confidence
-        else:
-            chosen = outcome.chosen
-            mixture = chosen.selection.mixture
-            confidence = chosen.selection.confidence
-        self._metrics.observe_selection(confidence, 0.0 if chosen is None else chosen.probe_ms / 1e3)
-        entry: dict[str, Any] = {
-            "prompt_sha256": hashlib.sha256(" ".join(map(str, prompt.ids)).encode()).hexdigest()[:16],
-            "adapters": list(mixture),
-            "weights": [round(weight, 4) for weight in mixture.values()],
-        }
-        if confidence is not None:
-            entry["confidence"] = round(confidence, 4)
-        if self._log_prompts:
-            tokenizer = self._service.logo.tokenizer
-            entry["prompt"] = tokenizer.decode(prompt.probed[:_LOGGED], skip_special_tokens=True)
-            entry["cut"] = len(prompt.probed) > _LOGGED
-        if chosen is not None:
-            entry["named"] = bool(mixture) and not chosen.selection.scores
-            entry["probe_ms"] = round(chosen.probe_ms, 1)
-            entry["queue_ms"] = round(chosen.queue_ms, 1)
-        return entry
+        return await self._choosing.in_time(choosing(), began)
 
     async def whole(self, call: Call) -> dict[str, Any]:
         """The answer of a request that is not streamed."""
@@ -132,7 +91,7 @@ class Answering:
         texts = {job: Text(self._service.logo.tokenizer, call.body.stop) for job in jobs}
         numbers = {job: number for number, job in enumerate(jobs)}
         times = dict.fromkeys(jobs, call.began)  # when the last tokens of each came
-        deadline = asyncio.get_running_loop().time() + self.seconds_left(call.began)
+        deadline = asyncio.get_running_loop().time() + self._choosing.seconds_left(call.began)
         self._metrics.prompt_tokens.inc(sum(len(job.prompt) for job in jobs))
         call.logged["completion_tokens"] = 0
         try:
@@ -157,15 +116,7 @@ class Answering:
                     times[job] = now
                     yield Chunk(numbers[job], new_text, tokens[:new_tokens], reason)
         except TimeoutError:
-            raise self._late() from None
-
-    def seconds_left(self, began: float) -> float:
-        """The seconds that are left to a request."""
-        return max(0.0, began + self._timeout - time.perf_counter())
-
-    def _late(self) -> ApiError:
-        limit = f"not answered within {self._timeout:g} s, the limit of this server"
-        return failed(limit, "timeout", 504)
+            raise self._choosing.late() from None
 
 
 def _jobs(call: Call) -> list[AnswerJob]:

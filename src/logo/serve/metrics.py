@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from logo.core import FinishReason
+from logo.serve.selecting import Selecting
 from logo.serve.service import Service
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -20,11 +21,10 @@ _TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
 
 
 class Metrics(Collector):
-    """Counters, histograms and gauges of one server, in a registry of their own; the gauges show the state of
-    `service`."""
+    """Counters and histograms of one server, in a registry of their own, and gauges of what it generates (`watch`)."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, selecting: Selecting) -> None:
+        self._selecting = selecting
         self.registry = CollectorRegistry()
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens that were read.")
         self.failure = self._counter("request_failure", "Requests that failed, by code.", "reason")
@@ -37,6 +37,11 @@ class Metrics(Collector):
         self._first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
         self._inter_token = self._histogram("inter_token_latency_seconds", "Between the tokens of an answer.")
         self._end_to_end = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _LONG)
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)
+
+    def watch(self, service: Service) -> None:
+        """Adds gauges that show the state of a service that generates."""
         batching = service.batching
         adapter_cache = service.logo.adapter_cache
         for name, text, value in (
@@ -47,8 +52,6 @@ class Metrics(Collector):
             ("adapter_bytes", "Memory of adapters.", lambda: adapter_cache.bytes),
         ):
             Gauge(f"logo:{name}", text, registry=self.registry).set_function(value)
-        self.registry.register(self)
-        ProcessCollector(registry=self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"logo:{name}", text, labels, registry=self.registry)
@@ -80,6 +83,6 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """How often each adapter of the pool was selected."""
         family = CounterMetricFamily("logo:adapter_selected", "Selections with an adapter.", labels=["adapter"])
-        for name in list(self._service.adapters):
-            family.add_metric([name], self._service.selected[name])
+        for name in list(self._selecting.adapters):
+            family.add_metric([name], self._selecting.selected[name])
         yield family

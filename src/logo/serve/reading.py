@@ -6,18 +6,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from logo.api import bodies
 from logo.api.errors import bad_request, too_long
 from logo.core import Prompt
+from logo.engine import LoGo
 from logo.prompts import MAX_NEW_TOKENS, chat, read
 
-if TYPE_CHECKING:
-    from logo.serve.service import Service
-
 _T = TypeVar("_T")
-_Body = bodies.CompletionRequest | bodies.ChatRequest | bodies.SelectRequest
+_Answered = bodies.CompletionRequest | bodies.ChatRequest | bodies.SelectRequest
+_Body = _Answered | bodies.ClassifyRequest
 _LONG = 10_000  # bytes of a body that takes a few milliseconds to parse, or to render and tokenize
 _COMPLETION = 16  # tokens of a completion without 'max_tokens', as in OpenAI's API
 
@@ -29,14 +28,19 @@ async def beside_the_loop(size: int, work: Callable[[], _T]) -> _T:
 
 
 class PromptReader:
-    """Reads the prompts of one server's requests."""
+    """Reads the prompts of one server's requests.
 
-    def __init__(self, service: Service) -> None:
-        self._tokenizer = service.logo.tokenizer
-        self._prompts = service.logo.prompts
-        self._probe_text = service.logo.settings.probe_text
-        self._batching = service.batching
-        self._vocabulary = len(service.logo.model.get_input_embeddings().weight)
+    `context` is the most tokens of a prompt and its answer (None: there is no limit), which memory for keys and values
+    may limit (`by_memory`).
+    """
+
+    def __init__(self, logo: LoGo, context: int | None, by_memory: bool = False) -> None:
+        self._tokenizer = logo.tokenizer
+        self._prompts = logo.prompts
+        self._probe_text = logo.settings.probe_text
+        self.context = context
+        self._by_memory = by_memory
+        self._vocabulary = len(logo.model.get_input_embeddings().weight)
 
     async def prompts(self, body: _Body, size: int) -> list[Prompt]:
         """Reads the prompts, or the conversation, of a body of so many bytes.
@@ -53,6 +57,8 @@ class PromptReader:
         return prompts
 
     def _read(self, body: _Body) -> list[Prompt]:
+        if isinstance(body, bodies.ClassifyRequest):
+            return self._read_texts([body.inputs])
         if isinstance(body, bodies.CompletionRequest):
             return self._read_texts(body.prompts)
         if body.messages is None:
@@ -73,20 +79,20 @@ class PromptReader:
                     raise bad_request(f"prompt: {expected}", "prompt")
         return [read(self._tokenizer, prompt) for prompt in prompts]
 
-    def most_tokens(self, body: _Body, prompts: Sequence[Prompt]) -> int:
+    def most_tokens(self, body: _Answered, prompts: Sequence[Prompt]) -> int:
         """The most new tokens of the answers: what the request asks for; else the usual number, or as many as there is
         room for. ApiError: they do not fit behind the longest prompt."""
-        context = self._batching.context
         longest = max(map(len, prompts))
         is_chat = _is_chat(body)
-        usual = min(MAX_NEW_TOKENS if is_chat else _COMPLETION, context - longest)
+        usual = MAX_NEW_TOKENS if is_chat else _COMPLETION
+        if self.context is not None:
+            usual = min(usual, self.context - longest)
         tokens, blamed = bodies.asked_tokens(body) or (max(1, usual), "messages" if is_chat else "prompt")
-        if longest + tokens > context:
-            is_memory = context == self._batching.kv_tokens[1]
-            holder = "the memory for keys and values (--kv-cache-gb)" if is_memory else "this model's context"
-            raise too_long(context, longest, tokens, blamed, holder)
+        if self.context is not None and longest + tokens > self.context:
+            holder = "the memory for keys and values (--kv-cache-gb)" if self._by_memory else "this model's context"
+            raise too_long(self.context, longest, tokens, blamed, holder)
         return tokens
 
 
 def _is_chat(body: _Body) -> bool:
-    return not isinstance(body, bodies.CompletionRequest) and body.messages is not None
+    return isinstance(body, (bodies.ChatRequest, bodies.SelectRequest)) and body.messages is not None

@@ -8,24 +8,23 @@ import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from logo.api.guards import GuardSettings
 from logo.api.layers import guard
-from logo.serve.app import GRACE, AppSettings, create_app
-
-if TYPE_CHECKING:
-    from logo.serve.service import Service
+from logo.serve.app import GRACE
+from logo.serve.entrance import Entrance
+from logo.serve.routes import REQUEST_TIMEOUT
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which drains the service before it ends, and calls `started` when requests are accepted."""
+    """uvicorn's server, which closes the entrance before it ends, and calls `started` when requests are accepted."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, entrance: Entrance, started: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service = service
+        self._entrance = entrance
         self._started = started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -36,25 +35,28 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A second signal ends the server at once."""
-        self._service.draining = True
+        self._entrance.draining = True
         super().handle_exit(sig, frame)
 
 
 def serve(
-    service: Service, settings: AppSettings, guards: GuardSettings, taken: socket.socket, started: Callable[[], None]
+    app: ASGIApp,
+    entrance: Entrance,
+    guards: GuardSettings,
+    taken: socket.socket,
+    started: Callable[[], None],
 ) -> None:
-    """Serves on a socket until a signal comes, and then until accepted requests have ended."""
+    """Serves an app on a socket until a signal comes, and then until accepted requests have ended."""
     config = uvicorn.Config(
-        guard(create_app(service, settings), guards),
+        guard(app, guards),
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="on",
         timeout_keep_alive=30,
         # Accepted requests have ended by then, and what remains are clients that do not read.
-        timeout_graceful_shutdown=math.ceil(settings.request_timeout + GRACE),
+        timeout_graceful_shutdown=math.ceil(REQUEST_TIMEOUT + GRACE),
     )
     # uvicorn raises the signal again at the end, although ending on a signal is no failure.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    service.batching.start()  # so that an error here is one line, not a traceback of uvicorn
-    Server(config, service, started).run(sockets=[taken])
+    Server(config, entrance, started).run(sockets=[taken])
