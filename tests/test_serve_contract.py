@@ -94,3 +94,16 @@ def test_checkpoints_and_adapters_are_taken_as_by_the_library(tmp_path: Path) ->
         assert silent["choices"][0]["text"] == base["choices"][0]["text"]
         assert "a prompt lacks the invocation tokens of 'antonym'" in running.said()
         assert re.search(r'POST /v1/completions 200 .*adapters=\["add_numbers".*confidence=[01]', running.said())
+
+
+def test_a_server_that_only_selects(library: LoGo, tmp_path: Path) -> None:
+    prompt = "What is 7 plus 5?"
+    with started(tmp_path, "--base-model", "demo", "--select-only") as running:
+        want = library.select(prompt)
+        selected = running.ask(SELECT, {"prompt": prompt}).json()
+        assert selected["adapters"] == list(want.adapters) and set(selected["scores"]) == set(library.names)
+        assert running.ask("/classify", {"inputs": prompt}).json()[0]["label"] == want.adapters[0]
+        refused(running.ask("/v1/completions", {"model": "logo", "prompt": prompt}), 404)
+        assert running.ask("/ready").status_code == 200
+        assert f'logo:adapter_selected_total{{adapter="{want.adapters[0]}"}} 2.0' in running.metrics()
+        assert not re.search("num_requests_running", running.metrics())

@@ -18,8 +18,10 @@ import openai
 import pytest
 from vllm_server import ASSETS, KEY, Server, environment
 
+from http_server import eventually
 from logo import LoGo
 from logo.adapters.examples import write_examples
+from logo.cli.app import run
 from test_engine import ids_of, write_adapter
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
@@ -34,7 +36,7 @@ def server(serve: Callable[..., Server], tmp_path_factory: Any) -> Server:
         *("--tensor-parallel-size", "2", "--served-model-name", "base", "other", "--chat-template", str(template)),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-prompt-tokens-details"),
         *("--num-gpu-blocks-override", "24"),  # so few that they are soon used again
-        env=environment(k=4)
+        env=environment(k=4, log="prompts")
         | {
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
@@ -86,6 +88,24 @@ def test_a_response_that_goes_on_is_selected_by_the_whole_conversation(
     assert told(further)["adapters"] == list(logo.select(rows[40], k=4).adapters)
     with pytest.raises(openai.NotFoundError, match="there is no response 'resp_none'"):
         client.responses.create(**ask, previous_response_id="resp_none", input=[output])
+
+
+def test_a_log_with_prompts_gives_adapters_their_examples(
+    client: openai.OpenAI, server: Server, rows: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [f"{row} ({number})" for number, row in enumerate(rows[:4])]
+    for prompt in asked:
+        client.completions.create(model="antonym", prompt=prompt, max_tokens=2)
+        client.chat.completions.create(
+            model="capital", messages=[{"role": "user", "content": prompt + "!"}], max_tokens=2
+        )
+    shutil.copytree(ASSETS / "adapters", tmp_path / "pool")
+    for file in (tmp_path / "pool").glob("*/logo_examples.json"):
+        file.unlink()
+    eventually(lambda: server.log.read_text().count(asked[-1]) >= 2)
+    assert run(["pool", "examples", str(tmp_path / "pool"), "--from-log", str(server.log), "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert {name: count for name, count in counts.items() if count} == {"antonym": 4, "capital": 4}
 
 
 def test_several_prompts_have_several_mixtures(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:

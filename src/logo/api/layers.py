@@ -9,6 +9,8 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -48,23 +50,25 @@ def guard(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
             allow_headers=["*"],  # OpenAI's client for browsers sends a dozen headers of its own
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    return Observed(app)
+    return Observed(app, _HEADERS)
 
 
 class Observed:
-    """Gives every request an id (the client's `X-Request-Id` if that is valid), a line in the log, whose fields routes
-    set in `request.state.logged`, and an answer if nothing else has given one. A client that hung up is marked
-    `disconnected`, an answer that broke off otherwise `incomplete`: its connection is closed, so that it is noticed."""
+    """Gives every answer these `headers`, and every request an id (the client's `X-Request-Id` if that is valid), a
+    line in the log, whose fields routes set in `request.state.logged`, and an answer if nothing else has given one. A
+    client that hung up is marked `disconnected`, an answer that broke off otherwise `incomplete`: its connection is
+    closed, so that it is noticed."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         self.app = app
+        self._headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
-        exchange = _Exchange(scope, receive, send)
+        exchange = _Exchange(scope, receive, send, self._headers)
         token = request_id.set(exchange.name)
         try:
             await self.app(scope, exchange.receive, exchange.send)
@@ -82,13 +86,14 @@ class Observed:
 class _Exchange:
     """One request and its answer, as they pass."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str]) -> None:
         names = Headers(scope=scope).getlist("x-request-id")
         is_usable = len(names) == 1 and _SANE_ID.fullmatch(names[0])
         self.name = names[0] if is_usable else f"req-{uuid.uuid4().hex}"
         self.status = 0  # of the answer; 0: it has not begun
         self.client_left = False
         self._ended = False
+        self._headers = headers
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -107,7 +112,7 @@ class _Exchange:
         """Adds the headers of every answer, and notes its status and end."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message).update({**_HEADERS, "X-Request-Id": self.name})
+            MutableHeaders(scope=message).update({**self._headers, "X-Request-Id": self.name})
         self._ended = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
 

@@ -10,9 +10,10 @@ import hashlib
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Literal
 
 from logo.api.replies import Chosen
 from logo.core import Prompt
@@ -20,6 +21,8 @@ from logo.errors import Unsure
 
 # The request that is being answered; None outside of any.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+Log = Literal["text", "json", "prompts"]  # lines of text, JSON lines, or JSON lines with the beginnings of prompts
+LEVELS = {"logo": logging.INFO, "uvicorn": logging.WARNING, "asyncio": logging.WARNING}
 LOGGED_TOKENS = 200  # the most of a prompt that a line holds
 _IN_THE_MESSAGE = ("method", "path", "status")
 _OF_THE_FIRST = ("adapters", "confidence")
@@ -65,13 +68,14 @@ class JsonLines(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
-def configure(log_json: bool) -> None:
-    """Sends the lines of this package, uvicorn (without a log of its own) and asyncio to stderr."""
+def configure(log_json: bool, levels: Mapping[str, int] = LEVELS) -> None:
+    """Sends the lines of these loggers to stderr: this package's, and in our own server those of uvicorn, which has no
+    log of its own, and asyncio."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RequestIds())
     handler.setFormatter(JsonLines() if log_json else Lines("%(asctime)s %(levelname)s %(request_id)s %(message)s"))
     # Not `dictConfig`, which closes all handlers, and some of these close their stream.
-    for name, level in (("logo", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
+    for name, level in levels.items():
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(level)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
+from logo.api.logs import Log
 from logo.cli.options import Engine, ProbeText, in_words, positive
 from logo.errors import UsageError
 
-Log = Literal["text", "json", "prompts"]
 NETWORK = Group("Network and logs", sort_key=1)
 LIMITS = Group("Limits", sort_key=2)
 

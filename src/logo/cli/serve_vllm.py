@@ -40,7 +40,6 @@ INSTEAD = {
     "key_adapters": "vLLM cannot bind API keys to adapters",
     "allow_adapter_changes": f"set {LORA_UPDATES}=1",
     "select_only": "`logo serve --select-only` needs no vLLM, and vLLM's server has `/classify`, too",
-    "log": "set VLLM_LOGGING_CONFIG_PATH, or use `-- --enable-log-requests` for prompts",
 }
 
 
@@ -153,6 +152,8 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
         "hosts": server.allow_host or [],
         "origins": server.cors or [],
     }
+    if server.log != "text":
+        config["log"] = server.log
     if options.encoder is not None:
         config["encoder"] = absolute(options.encoder)  # replicas have other working folders
     VllmOptions.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse
@@ -203,6 +204,8 @@ def _flags(options: EngineOptions, base_model: str, server: ServerOptions, given
         # With a seed, a prompt that is read in parts ends vLLM on CPUs, whose generators cannot be put back.
         if not any(flag.replace("_", "-").startswith("--max-num-batched-tokens") for flag in given):
             flags.append("--no-enable-chunked-prefill")
+    if server.log != "text":
+        flags.append("--disable-uvicorn-access-log")  # our lines have more
     return [*flags, "--allowed-origins", json.dumps(server.cors or [])]
 
 

@@ -257,6 +257,10 @@ class Engine:
         chosen = self.options.settings.probe_text
         return "all" if chosen is None and pool.read_once and pool.invoked else chosen
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._prompts.text_of(ids)
+
     async def select(self, served: Served, prompt: Prompt, call: Options, alone: bool = False) -> Selection:
         """The selection for a prompt from a pool, with checked options of a call; errors as `LoGo.select`."""
         [scores] = await self.scores(served, call.signal, [prompt.probed], [call.candidates], alone=alone)

@@ -33,6 +33,10 @@ class Counts:
         for name in selection.adapters:
             self._adapters.labels(name).inc()
 
+    def unsure(self, confidence: float) -> None:
+        """Counts the confidence of a prompt that is refused, since no adapter seems to be made for it."""
+        self._confidence.observe(confidence)
+
     def answered(self, selection: Selection) -> None:
         """Counts an answer."""
         self._answers.labels("gate" if any(selection.weights) else "base").inc()

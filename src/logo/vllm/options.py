@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from logo.adapters.sources import OnBadAdapter
+from logo.api.logs import Log
 from logo.errors import UsageError, closest
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import get_signal
@@ -40,6 +41,7 @@ class VllmOptions:
     signals: tuple[str, ...] = ("norm",)  # those that requests may ask for besides the settings' own
     adapter_changes: bool = False  # whether requests may change the pool, as with `VLLM_ALLOW_RUNTIME_LORA_UPDATING`
     on_bad_adapter: OnBadAdapter = "error"  # what to do with adapters that do not fit the base model
+    log: Log = "text"  # a line per request as in our own server, or, with `text`, vLLM's own
     host: str = ""  # the server's address, if it is known
     hosts: tuple[str, ...] = ()  # these two: see `logo.api.guards.GuardSettings`
     origins: tuple[str, ...] = ("*",)
@@ -67,7 +69,11 @@ class VllmOptions:
             raise UsageError(f"LoGo needs a pool: set {POOL} to a folder of adapters or a Hub repository")
         settings = SelectionSettings.of(**{name: value for name, value in values.items() if name not in own})
         options = {name: value for name, value in values.items() if name in own}
-        for name, fine in (("on_bad_adapter", get_args(OnBadAdapter)), ("adapter_changes", (True, False))):
+        for name, fine in (
+            ("on_bad_adapter", get_args(OnBadAdapter)),
+            ("adapter_changes", (True, False)),
+            ("log", get_args(Log)),
+        ):
             if options.get(name, fine[0]) not in fine:
                 expected = ", ".join(map(str, fine)).lower()
                 raise UsageError(f"{name}: expected one of {expected}, found {options[name]!r}")

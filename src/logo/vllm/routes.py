@@ -9,6 +9,7 @@ vLLM authenticates, parses, renders, generates and streams. A route says which p
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 from argparse import Namespace
@@ -28,8 +29,10 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_jso
 from logo.api import bodies
 from logo.api.errors import ApiError, bad_request, not_found, shown, too_long
 from logo.api.guards import Admission, GuardSettings, response
+from logo.api.layers import Observed
+from logo.api.logs import configure
 from logo.api.names import AUTO
-from logo.api.replies import adapter_list, model_card
+from logo.api.replies import adapter_list, labels, model_card
 from logo.core import Prompt
 from logo.errors import LoGoError
 from logo.prompts import read
@@ -45,6 +48,7 @@ _HARMLESS = re.compile(
     "|reset_(prefix|mm|encoder)_cache|v1/messages/count_tokens|v1/responses/[^/]+/cancel|cohere/v2/chat/render"
     "|v1/(completions|chat/completions|messages|responses)/(de)?render)"
 )
+_OBSERVED = f"{Observed.__module__}.{Observed.__name__}"  # of vLLM's option for layers around its own
 MAX_BODY = 32_000_000  # bytes of a request, which may hold pictures
 
 
@@ -61,7 +65,7 @@ class Routes:
         app.exception_handler(ApiError)(_refusal)
         app.exception_handler(LoGoError)(_refusal)
         posted: dict[str, Any] = {"/v1/completions": _completion, "/v1/chat/completions": _chat}
-        posted |= {"/v1/responses": _response, "/v1/logo/select": _select}
+        posted |= {"/v1/responses": _response, "/v1/logo/select": _select, "/classify": _classify}
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or (options is not None and options.adapter_changes):
             posted |= {"/v1/load_lora_adapter": _load, "/v1/unload_lora_adapter": _unload}
         if options is not None:  # vLLM asks for keys on some paths, but neither for the host nor for the origin
@@ -69,6 +73,9 @@ class Routes:
             guards = GuardSettings(options.host, keys, MAX_BODY, options.hosts, options.origins)
             app.add_middleware(Ours, paths=tuple(posted))
             app.add_middleware(Admission, settings=guards, opened=_OPEN)
+            if options.log != "text":
+                configure(True, {"logo": logging.INFO})
+                app.state.args.middleware = [*app.state.args.middleware, _OBSERVED]
         for path, route in posted.items():
             app.post(path, dependencies=[Depends(validate_json_request)])(with_cancellation(load_aware_call(route)))
         app.get("/ready")(_ready)
@@ -206,8 +213,19 @@ async def _select(request: bodies.SelectRequest, raw_request: Request) -> Respon
     async def rows() -> list[Prompt]:
         return [row]
 
-    [choice], _ = await logo.choose(request.model, request.logo, RequestPrompts(rows))
+    [choice], _ = await logo.choose(request.model, request.logo, RequestPrompts(rows), raw_request)
     return JSONResponse(choice.reply_with_scores(len(whole.ids)))
+
+
+async def _classify(request: bodies.ClassifyRequest, raw_request: Request) -> Response:
+    """`POST /classify`: as our own server."""
+    logo = _logo(raw_request)
+
+    async def rows() -> list[Prompt]:
+        return [await text_prompt(raw_request.app.state, request.inputs)]
+
+    [choice], _ = await logo.choose(AUTO, bodies.LogoOptions(when_unsure="mix"), RequestPrompts(rows), raw_request)
+    return JSONResponse(labels(choice.selection, logo.base))
 
 
 async def _load(request: bodies.LoadAdapter, raw_request: Request) -> Response:

@@ -24,11 +24,12 @@ from vllm.sampling_params import RequestOutputKind
 
 from logo.adapters.pool import AdapterPool
 from logo.api import bodies
-from logo.api.errors import ApiError, failed
+from logo.api.errors import ApiError, failed, plain
+from logo.api.logs import LOGGED_TOKENS, selection_entry
 from logo.api.names import Models, check_pool
 from logo.api.replies import Chosen, adapter_card
 from logo.core import Options, Prompt
-from logo.errors import LoGoError, UsageError
+from logo.errors import LoGoError, Unsure, UsageError
 from logo.selection.selector import forced
 from logo.vllm.engine import Engine, Served
 from logo.vllm.launch import COUNT_NANS
@@ -77,6 +78,7 @@ class Mixing:
         self._engine = engine
         self._mixes = mixes
         self._lengths: dict[int, int] = {}  # number of a prompt -> its tokens
+        self._new_tokens: dict[int, int] = {}  # number of a prompt -> those of its answers
         self.ended: set[int] = set()
 
     async def generate(
@@ -94,8 +96,20 @@ class Mixing:
             async with aclosing(self._client.generate(prompt, params, request_id, *args, **kwargs)) as outputs:
                 async for output in outputs:
                     _check_finite(output)
+                    self._count(number, output, params.output_kind)
                     yield output
         self.ended.add(number)
+
+    def _count(self, number: int, output: Any, kind: RequestOutputKind) -> None:
+        """Counts the tokens of an output, which holds new ones alone or all so far."""
+        tokens = sum(len(answer.token_ids) for answer in output.outputs)
+        before = self._new_tokens.get(number, 0) if kind is RequestOutputKind.DELTA else 0
+        self._new_tokens[number] = before + tokens
+
+    @property
+    def logged(self) -> dict[str, int]:
+        """What the request's line in the log says of its tokens."""
+        return {"prompt_tokens": sum(self._lengths.values()), "completion_tokens": sum(self._new_tokens.values())}
 
     def _mix(self, number: int, length: int) -> Mix:
         """The mixture of a prompt, of so many tokens; if they are more than at first, it is a beam, which goes on
@@ -174,30 +188,53 @@ class Logo:
         return Models(self.base, served.pool.names, tuple(served.opened))
 
     async def choose(
-        self, model: str, options: bodies.LogoOptions | None, prompts: RequestPrompts, alone: bool = False
+        self,
+        model: str,
+        options: bodies.LogoOptions | None,
+        prompts: RequestPrompts,
+        raw: Request,
+        alone: bool = False,
     ) -> tuple[list[Chosen], list[Mix]]:
-        """The mixture of each prompt of a request; `alone`: as `Probe`. ApiError, LoGoError: there is no such model, or
-        the options cannot be used."""
+        """The mixture of each prompt of a request, which its line in the log has, too; `alone`: as `ProbeRequest`.
+        ApiError, LoGoError: there is no such model, or the options cannot be used, or no adapter fits."""
         engine = self.engine
+        logged = getattr(raw.state, "logged", None)  # None: requests have no line
         async with engine.using() as served:
             mixture = self.names(served).mixture_request(self.base if model in self.bases else model, options)
-            if mixture.adapters is not None:
-                chosen = [Chosen(forced(mixture.adapters, served.pool))] * prompts.count
-            else:
+            selects = mixture.adapters is None
+            rows = await prompts.read() if selects or logged is not None else ()
+            if mixture.adapters is None:
                 call = engine.options.settings.options(served.pool, mixture.options)
-                rows = await prompts.read()
-                chosen = list(await asyncio.gather(*(self._chosen(served, row, call, alone) for row in rows)))
+                outcomes = await asyncio.gather(*(self._outcome(served, row, call, alone) for row in rows))
+            else:
+                outcomes = [Chosen(forced(mixture.adapters, served.pool))] * prompts.count
+            if logged is not None:
+                logged["model"] = plain(model)
+                logged["selections"] = self._entries(rows, outcomes)
+            chosen = [_answered(outcome) for outcome in outcomes]
             mixes = [engine.mix(served, choice.selection) for choice in chosen]
         for mix in mixes:
             engine.slots.check(mix.keys)
         return chosen, mixes
 
-    async def _chosen(self, served: Served, row: Prompt, call: Options, alone: bool) -> Chosen:
+    async def _outcome(self, served: Served, row: Prompt, call: Options, alone: bool) -> Chosen | Unsure:
+        """The mixture that a prompt selects, or that it is too unsure to be answered."""
         started = time.perf_counter()
-        selection = await self.engine.select(served, row, call, alone)
+        try:
+            selection = await self.engine.select(served, row, call, alone)
+        except Unsure as unsure:
+            self.counts.unsure(unsure.confidence)
+            return unsure
         seconds = time.perf_counter() - started
         self.counts.selected(selection, seconds)
         return Chosen(selection, 1000 * seconds)
+
+    def _entries(self, rows: Sequence[Prompt], outcomes: Sequence[Chosen | Unsure]) -> list[dict[str, Any]]:
+        """What a line of the log says of the prompts of a request."""
+        texts: list[str | None] = [None] * len(rows)
+        if self.engine.options.log == "prompts":
+            texts = [self.engine.text_of(row.probed[:LOGGED_TOKENS]) for row in rows]
+        return [selection_entry(*entry) for entry in zip(rows, outcomes, texts, strict=True)]
 
     async def answer(self, request: Any, raw: Request, handler: Handler, prompts: RequestPrompts) -> Response:
         """Has one of vLLM's serving objects answer a request, parsed by its class, with the mixtures of its prompts."""
@@ -205,7 +242,7 @@ class Logo:
         if serving is None:
             raise ApiError(501, "this model does not answer requests of this kind", "invalid_request_error")
         model = request.model
-        chosen, mixes = await self.choose(model, _options(request), prompts, request.cache_salt is not None)
+        chosen, mixes = await self.choose(model, _options(request), prompts, raw, request.cache_salt is not None)
         mixing = Mixing(serving.engine_client, self.engine, mixes)
         serving = copy.copy(serving)
         serving.engine_client = mixing
@@ -217,6 +254,7 @@ class Logo:
             return JSONResponse(reply.model_dump(), reply.error.code)
 
         def count() -> None:
+            getattr(raw.state, "logged", {}).update(mixing.logged)
             for number in mixing.ended:
                 self.counts.answered(chosen[number].selection)
 
@@ -226,6 +264,13 @@ class Logo:
             count()
             return JSONResponse({**reply.model_dump(mode="json", by_alias=True), "logo": field})
         return StreamingResponse(_stream(reply, json.dumps(field), count), media_type="text/event-stream")
+
+
+def _answered(outcome: Chosen | Unsure) -> Chosen:
+    """The mixture that a prompt is answered with; Unsure: none."""
+    if isinstance(outcome, Unsure):
+        raise outcome
+    return outcome
 
 
 def _options(request: Any) -> bodies.LogoOptions | None:
