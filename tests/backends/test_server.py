@@ -29,20 +29,32 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n{% 
 
 @pytest.fixture(scope="module")
 def server(serve: Callable[..., Server], tmp_path_factory: Any) -> Server:
-    template = tmp_path_factory.mktemp("template") / "chat.jinja"
+    folder = tmp_path_factory.mktemp("template")
+    template = folder / "chat.jinja"
     template.write_text(TEMPLATE)
     return serve(
         *("--max-loras", "18", "--max-lora-rank", "8", "--max-model-len", "256"),  # two more than the pool has
         *("--tensor-parallel-size", "2", "--served-model-name", "base", "other", "--chat-template", str(template)),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-prompt-tokens-details"),
         *("--num-gpu-blocks-override", "24"),  # so few that they are soon used again
-        env=environment(k=4, log="prompts")
+        env=environment(k=4, log="prompts", shadow=str(folder / "shadow.jsonl"))
         | {
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_ENABLE_RESPONSES_API_STORE": "1",
         },
     )
+
+
+def shadow_of(server: Server) -> Path:
+    """What the server would select where requests name adapters."""
+    [found] = re.findall(r'"shadow": "([^"]+)"', environment_of(server))
+    return Path(found)
+
+
+def environment_of(server: Server) -> str:
+    """LoGo's options, as its process has them."""
+    return Path(f"/proc/{server.process.pid}/environ").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +118,30 @@ def test_a_log_with_prompts_gives_adapters_their_examples(
     assert run(["pool", "examples", str(tmp_path / "pool"), "--from-log", str(server.log), "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
     assert {name: count for name, count in counts.items() if count} == {"antonym": 4, "capital": 4}
+
+
+def test_its_shadow_says_what_would_be_selected(
+    client: openai.OpenAI, server: Server, logo: LoGo, rows: list[str]
+) -> None:
+    asked = [f"{row} <{number}>" for number, row in enumerate(rows[::15])]
+    for prompt in asked:
+        client.completions.create(model="antonym", prompt=prompt, max_tokens=2)
+        chat: Any = [{"role": "user", "content": prompt + "!"}]
+        client.chat.completions.create(model="base", messages=chat, max_tokens=2)
+    wanted = {prompt + end for prompt in asked for end in ("", "!")}
+
+    def lines() -> dict[str, Any]:
+        found = [json.loads(line) for line in shadow_of(server).read_text().splitlines()]
+        return {line["prompt"]: line for line in found if line["prompt"] in wanted}
+
+    eventually(lambda: len(lines()) == len(wanted))
+    for prompt, line in lines().items():
+        expected = logo.select(prompt, k=4)
+        assert line["first"][0]["adapter"] == expected.adapters[0]
+        assert line["confidence"] == pytest.approx(expected.confidence, abs=1e-3)
+        assert line["adapter"] == (None if prompt.endswith("!") else "antonym")
+    selected = re.search(r'logo:shadow_total{outcome="selected"} (\S+)', server.ask("/metrics")[1])
+    assert selected is not None and float(selected[1]) >= len(wanted)
 
 
 def test_several_prompts_have_several_mixtures(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:

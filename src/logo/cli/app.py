@@ -20,7 +20,21 @@ from rich.box import Box
 from rich.console import Console
 
 from logo import plugins
-from logo.cli import compare, datasets, demo, evaluate, generate, lm_eval, report, select, serve, study, train, verify
+from logo.cli import (
+    compare,
+    datasets,
+    demo,
+    evaluate,
+    generate,
+    lm_eval,
+    report,
+    select,
+    serve,
+    shadow,
+    study,
+    train,
+    verify,
+)
 from logo.cli.config import options_in
 from logo.cli.output import warn_in_one_line
 from logo.cli.pool import calibrate, examples, export, inspect, lock, push
@@ -84,7 +98,7 @@ app.command(train.train, group=_ADAPTERS, help_epilogue="")
 app.command(evaluate.evaluate, group=_MEASURE, help_epilogue="")
 for _command in (inspect.inspect, calibrate.calibrate, examples.examples, lock.lock, export.export, push.push):
     _pool.command(_command)
-for _command in (evaluate.run, compare.compare, report.report, study.study):
+for _command in (evaluate.run, compare.compare, report.report, study.study, shadow.shadow):
     _eval.command(_command)
 _eval.command(lm_eval.lm_eval, help_flags=())
 _data.command(datasets.listed, name="list")

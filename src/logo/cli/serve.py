@@ -43,7 +43,7 @@ def serve(
     for flag in (*changed(server, "replicas", "dry_run").values(), *vllm_flags):
         raise UsageError(f"{flag} is only for --engine vllm")
     if server.select_only:
-        for flag in changed(server, "max_concurrent", "kv_cache_gb", "adapter_memory_gb").values():
+        for flag in changed(server, "max_concurrent", "kv_cache_gb", "adapter_memory_gb", "shadow").values():
             raise UsageError(f"{flag} is for a server that generates: leave it out, or --select-only")
     need("the server", "starlette", "uvicorn", "prometheus_client")
     adapter_changes = _changes_folder(server.allow_adapter_changes)
@@ -69,7 +69,9 @@ def serve(
     from logo.serve.running import serve as run
     from logo.serve.service import Service
 
-    settings = AppSettings(name, adapter_changes=adapter_changes, log_prompts=server.log == "prompts")
+    settings = AppSettings(
+        name, adapter_changes=adapter_changes, log_prompts=server.log == "prompts", shadow=server.shadow
+    )
     logo = open_engine(engine, base_model, server.probe_text, adapter_memory_gb=server.adapter_memory_gb)
     check_pool(name, logo.names)
     for pattern in unmatched(logo.names, guards.key_adapters):

@@ -60,6 +60,9 @@ class ServerOptions:
     log: Annotated[Log, Parameter(group=NETWORK)] = "text"
     """Text, one JSON object per line, or such lines with the prompts' first 200 tokens."""
 
+    shadow: Annotated[Path | None, Parameter(group=NETWORK)] = None
+    """File for what LoGo would select where requests name adapters (see `logo eval shadow`)."""
+
     probe_text: Annotated[ProbeText | None, Parameter(group=LIMITS, show_default=False)] = None
     """The part of a conversation that selects adapters."""
 

@@ -154,6 +154,8 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     }
     if server.log != "text":
         config["log"] = server.log
+    if server.shadow is not None:
+        config["shadow"] = str(server.shadow.absolute())
     if options.encoder is not None:
         config["encoder"] = absolute(options.encoder)  # replicas have other working folders
     VllmOptions.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -23,6 +24,9 @@ from starlette.types import Receive, Scope, Send
 from logo.api import bodies
 from logo.api.errors import plain
 from logo.api.guards import PAGE_FILES
+from logo.api.names import MixtureRequest, Patterns
+from logo.api.shadow import Shadow
+from logo.core import Prompt, Selection
 from logo.engine import LoGo
 from logo.serve.answering import Answering
 from logo.serve.answers import Call
@@ -49,6 +53,7 @@ def create_app(service: Service, settings: AppSettings) -> Starlette:
         try:
             yield
         finally:
+            await answers.close()
             await service.close()
 
     batching = service.batching
@@ -93,6 +98,16 @@ class _AnswerRoutes:
         self._pool = pool
         self._answering = Answering(service, pool.metrics, pool.choosing)
         pool.metrics.watch(service)
+        self._shadow: Shadow | None = None
+        if pool.settings.shadow is not None:
+            text_of = pool.choosing.text_of if pool.settings.log_prompts else None
+            count = pool.metrics.count_shadow
+            self._shadow = Shadow(pool.settings.shadow, lambda: service.entrance.busy, text_of, count)
+
+    async def close(self) -> None:
+        """Ends what goes on beside answers."""
+        if self._shadow is not None:
+            await self._shadow.close()
 
     async def text(self, request: Request, body: bodies.CompletionRequest | bodies.ChatRequest) -> Response:
         """Continues prompts or answers a conversation, each with the mixture of adapters that it selects."""
@@ -110,10 +125,20 @@ class _AnswerRoutes:
             chosen = await self._answering.choose(prompts, mixture_request, began, logged)
             for mixture in chosen:
                 held.callback(mixture.release)
+            if self._shadow is not None and mixture_request.adapters is not None:
+                self._shadow.offer(prompts, mixture_request.adapters, partial(self._selected, mixture_request.usable))
             call = Call(body, prompts, chosen, sampling, began, logged)
             if body.stream:
                 return Streamed(self._answering.events(call), held.pop_all(), self._pool.choosing.seconds_left(began))
             return JSONResponse(await self._answering.whole(call))
+
+    async def _selected(self, usable: Patterns | None, prompt: Prompt) -> Selection:
+        """What a prompt selects, beside an answer that something else has been named for."""
+        request = MixtureRequest(options={"when_unsure": "mix"}, usable=usable)
+        [outcome] = await self._service.selecting.choose([prompt], request, lambda chosen, prompt: chosen.selection)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
 
 class Streamed(StreamingResponse):

@@ -45,6 +45,10 @@ class Choosing:
                 raise outcome
         return [outcome for outcome in outcomes if isinstance(outcome, Chosen)]
 
+    def text_of(self, prompt: Prompt) -> str:
+        """What the log shows of a prompt."""
+        return str(self._selecting.logo.tokenizer.decode(prompt.probed[:LOGGED_TOKENS], skip_special_tokens=True))
+
     def note(
         self, prompts: Sequence[Prompt], outcomes: Sequence[Chosen | BaseException], logged: dict[str, Any]
     ) -> None:
@@ -58,14 +62,9 @@ class Choosing:
                 self._metrics.observe_selection(outcome.selection.confidence, outcome.probe_ms / 1e3)
             else:
                 continue
-            entries.append(selection_entry(prompt, outcome, self._text(prompt)))
+            text = self.text_of(prompt) if self._log_prompts else None
+            entries.append(selection_entry(prompt, outcome, text))
         logged["selections"] = entries
-
-    def _text(self, prompt: Prompt) -> str | None:
-        """What the log shows of a prompt."""
-        if not self._log_prompts:
-            return None
-        return str(self._selecting.logo.tokenizer.decode(prompt.probed[:LOGGED_TOKENS], skip_special_tokens=True))
 
     async def in_time(self, work: Awaitable[_T], began: float) -> _T:
         """What the work gives; ApiError: the time of the request is up before."""

@@ -33,6 +33,11 @@ class Entrance:
         """Whether requests are accepted."""
         return self.alive and not self.draining
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being answered."""
+        return self._admitted > 0
+
     @contextmanager
     def admitted(self, count: int = 1) -> Iterator[None]:
         """Within the block, room for this many answers is reserved; ApiError: the queue is full; NotReady: no requests

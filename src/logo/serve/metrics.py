@@ -32,6 +32,7 @@ class Metrics(Collector):
         self._confidence = self._histogram(
             "selection_confidence", "That the pool has an adapter for the prompt.", _TENTHS
         )
+        self._shadow = self._counter("shadow", "Prompts that were to be selected for beside their answers.", "outcome")
         self._generation_tokens = self._counter("generation_tokens", "Tokens that were generated.")
         self._success = self._counter("request_success", "Answers that ended.", "finished_reason")
         self._first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
@@ -65,6 +66,10 @@ class Metrics(Collector):
             self._confidence.observe(confidence)
         if probe_seconds:
             self._probe.observe(probe_seconds)
+
+    def count_shadow(self, outcome: str) -> None:
+        """Counts a prompt whose request named its adapters, by what its shadow has come to."""
+        self._shadow.labels(outcome).inc()
 
     def observe_tokens(self, count: int, are_first: bool, since_arrival: float, since_last: float) -> None:
         """Counts new tokens of an answer, which came so many seconds after its request and after its last tokens."""

@@ -40,6 +40,7 @@ class AppSettings:
     request_timeout: float = REQUEST_TIMEOUT  # the most seconds for a request
     adapter_changes: Path | None = None  # from which adapters may be added; None: the pool cannot be changed
     log_prompts: bool = False
+    shadow: Path | None = None  # where selections beside answers are written that requests have named adapters for
 
 
 class PoolRoutes:

@@ -82,6 +82,7 @@ class Engine:
     Attributes:
         options: LoGo's.
         served: what prompts are selected from now; a request keeps the one that it began with.
+        answers: how many prompts are being answered.
 
     Raises:
         LoGoError: there is no pool, or it does not fit; or vLLM was started without what LoGo needs.
@@ -112,6 +113,7 @@ class Engine:
         self._store = Store(cache_folder(options.settings.cache))  # of what a text encoder has read
         self.served = Served(pool_of(options, self.skeleton), {})
         self.slots = Slots(lora.max_loras, lambda into: self.call("load", into))
+        self.answers = 0
         self._changing = asyncio.Lock()
         self._users: Counter[str] = Counter()  # requests in progress, by the digest of their pool
         self._coming = ""  # digest of the pool that is being opened
@@ -340,4 +342,8 @@ class Engine:
     async def held(self, mixes: Sequence[Mix]) -> AsyncIterator[list[Any]]:
         """Yields vLLM's `LoRARequest` of each mixture (None: the base model alone), whose adapters are in slots."""
         async with self.slots.held({key for mix in mixes for key in mix.keys}):
-            yield [lora_request(mix) if mix.parts else None for mix in mixes]
+            self.answers += len(mixes)
+            try:
+                yield [lora_request(mix) if mix.parts else None for mix in mixes]
+            finally:
+                self.answers -= len(mixes)

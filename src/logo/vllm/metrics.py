@@ -22,6 +22,7 @@ class Counts:
         self._probes = Histogram("logo:probe_seconds", "From prompt to selection.", buckets=_SECONDS)
         self._confidence = Histogram("logo:selection_confidence", confidence, buckets=tenths)
         self._answers = Count("logo:answers", "Answers by how their mixture was made.", ["form"])
+        self._shadow = Count("logo:shadow", "Prompts that were to be selected for beside their answers.", ["outcome"])
         self._adapters = Count("logo:adapter_selected", "Selections with an adapter.", ["adapter"])
 
     def selected(self, selection: Selection, seconds: float) -> None:
@@ -36,6 +37,10 @@ class Counts:
     def unsure(self, confidence: float) -> None:
         """Counts the confidence of a prompt that is refused, since no adapter seems to be made for it."""
         self._confidence.observe(confidence)
+
+    def shadow(self, outcome: str) -> None:
+        """Counts a prompt whose request named its adapters, by what its shadow has come to."""
+        self._shadow.labels(outcome).inc()
 
     def answered(self, selection: Selection) -> None:
         """Counts an answer."""

@@ -42,6 +42,7 @@ class VllmOptions:
     adapter_changes: bool = False  # whether requests may change the pool, as with `VLLM_ALLOW_RUNTIME_LORA_UPDATING`
     on_bad_adapter: OnBadAdapter = "error"  # what to do with adapters that do not fit the base model
     log: Log = "text"  # a line per request as in our own server, or, with `text`, vLLM's own
+    shadow: str = ""  # file for what would be selected where requests name adapters; empty: none
     host: str = ""  # the server's address, if it is known
     hosts: tuple[str, ...] = ()  # these two: see `logo.api.guards.GuardSettings`
     origins: tuple[str, ...] = ("*",)

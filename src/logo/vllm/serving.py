@@ -11,9 +11,10 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
@@ -28,7 +29,8 @@ from logo.api.errors import ApiError, failed, plain
 from logo.api.logs import LOGGED_TOKENS, selection_entry
 from logo.api.names import Models, check_pool
 from logo.api.replies import Chosen, adapter_card
-from logo.core import Options, Prompt
+from logo.api.shadow import Shadow
+from logo.core import Options, Prompt, Selection
 from logo.errors import LoGoError, Unsure, UsageError
 from logo.selection.selector import forced
 from logo.vllm.engine import Engine, Served
@@ -145,6 +147,11 @@ class Logo:
         self.bases = names
         self.base = names[0]
         self.counts = Counts()
+        self._shadow: Shadow | None = None
+        if engine.options.shadow:
+            text_of = self._text if engine.options.log == "prompts" else None
+            self._shadow = Shadow(Path(engine.options.shadow), lambda: engine.answers > 0, text_of, self.counts.shadow)
+        self._reading: set[asyncio.Task[None]] = set()  # prompts for the shadow
         # Kept, since files may be removed later.
         self.cards = {adapter.name: adapter_card(adapter) for adapter in self.pool}
 
@@ -231,10 +238,24 @@ class Logo:
 
     def _entries(self, rows: Sequence[Prompt], outcomes: Sequence[Chosen | Unsure]) -> list[dict[str, Any]]:
         """What a line of the log says of the prompts of a request."""
-        texts: list[str | None] = [None] * len(rows)
-        if self.engine.options.log == "prompts":
-            texts = [self.engine.text_of(row.probed[:LOGGED_TOKENS]) for row in rows]
+        shown = self.engine.options.log == "prompts"
+        texts = [self._text(row) if shown else None for row in rows]
         return [selection_entry(*entry) for entry in zip(rows, outcomes, texts, strict=True)]
+
+    def _text(self, row: Prompt) -> str:
+        """What the log shows of a prompt."""
+        return self.engine.text_of(row.probed[:LOGGED_TOKENS])
+
+    async def _watch(self, shadow: Shadow, prompts: RequestPrompts, mixture: Mapping[str, float]) -> None:
+        """Reads the prompts of a request that has named a mixture, beside its answer, and has them selected for."""
+        with suppress(ApiError, LoGoError, ValueError):  # prompts that cannot be read, which the answer says
+            shadow.offer(await prompts.read(), mixture, self._selected)
+
+    async def _selected(self, row: Prompt) -> Selection:
+        """What a prompt selects, beside an answer that something else has been named for."""
+        async with self.engine.using() as served:
+            call = self.engine.options.settings.options(served.pool, {"when_unsure": "mix"})
+            return await self.engine.select(served, row, call)
 
     async def answer(self, request: Any, raw: Request, handler: Handler, prompts: RequestPrompts) -> Response:
         """Has one of vLLM's serving objects answer a request, parsed by its class, with the mixtures of its prompts."""
@@ -243,6 +264,10 @@ class Logo:
             raise ApiError(501, "this model does not answer requests of this kind", "invalid_request_error")
         model = request.model
         chosen, mixes = await self.choose(model, _options(request), prompts, raw, request.cache_salt is not None)
+        if self._shadow is not None and not chosen[0].selection.scores:  # the request has named its mixture
+            task = asyncio.create_task(self._watch(self._shadow, prompts, chosen[0].selection.mixture))
+            self._reading.add(task)
+            task.add_done_callback(self._reading.discard)
         mixing = Mixing(serving.engine_client, self.engine, mixes)
         serving = copy.copy(serving)
         serving.engine_client = mixing

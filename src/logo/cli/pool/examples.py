@@ -176,8 +176,8 @@ def _named_prompts(file: Path) -> list[tuple[str, str]]:
 
 def _of_line(line: Any) -> list[tuple[str, str]]:
     match line:
-        case {"prompt": str(prompt), "adapter": str(adapter)} if prompt.strip() and adapter:
-            return [(prompt, adapter)]
+        case {"prompt": str(prompt), "adapter": str(adapter), **more} if prompt.strip() and adapter:
+            return [] if more.get("cut") else [(prompt, adapter)]
         case {"logger": str(logger), "selections": [*selections]} if logger.split(".")[0] == "logo":
             return [pair for selection in selections for pair in _of_selection(selection)]
     return []
