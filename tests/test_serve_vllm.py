@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
+from logo.adapters.pool import AdapterPool
 from logo.cli import serve_vllm
 from logo.cli.app import run
 from logo.demo import adapters_dir, model_dir
@@ -110,6 +112,36 @@ def test_a_text_encoder_is_passed_on_and_loaded_before_anything_starts(
         assert run([*options, "--encoder", "mine"]) == 1
         said = capsys.readouterr().err
         assert "text encoder 'mine' cannot be loaded: " in said and "Serving on" not in said, said
+
+
+def test_the_adapters_of_a_start_line_are_the_pool_or_join_it(capsys: pytest.CaptureFixture[str]) -> None:
+    antonym, capital = adapters_dir() / "antonym", adapters_dir() / "capital"
+    as_json = json.dumps({"name": "cities", "path": str(capital), "base_model_name": "demo"})
+    modules = ["--lora-modules", f"opposite={antonym}", as_json]
+    variables, command, said = dry(capsys, "--", *modules, "--max-loras", "2", "--seed", "3")
+    assert variables["LOGO_POOL"] == f"opposite={antonym},cities={capital}"
+    assert AdapterPool.open(variables["LOGO_POOL"]).names == ("cities", "opposite")
+    assert "--lora-modules" not in command and command[-4:] == ["--max-loras", "2", "--seed", "3"]
+    assert "2 adapters, 2 slots of rank 8" in said and "up to 2 adapters" in said
+    variables, _, said = dry(capsys, "--adapters", str(adapters_dir()), "--", f"--lora-modules=opposite={antonym}")
+    assert variables["LOGO_POOL"] == f"{adapters_dir()},opposite={antonym}" and "17 adapters" in said
+    for wrong in ("antonym", '{"name": "x"}', "[]"):
+        assert run([*SERVE, "--dry-run", "--", "--lora-modules", wrong]) == 2
+        assert "expected NAME=PATH" in capsys.readouterr().err
+
+
+def test_what_slots_take_is_said_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    config = AutoConfig.from_pretrained(model_dir())
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    head = config.hidden_size // config.num_attention_heads
+    numbers = config.num_hidden_layers * 8 * (3 * config.hidden_size + heads * head)  # q, k and v are one module
+    _, _, said = dry(capsys, "--dtype", "bfloat16")
+    assert f"16 slots of rank 8: {2 * numbers / 1e6:.1f} MB each, {16 * 2 * numbers / 1e6:.1f} MB in all" in said
+    _, _, said = dry(capsys, "--", "--max-loras=4", "--max-lora-rank", "16")
+    assert f"4 slots of rank 16: {4 * 2 * numbers / 1e6:.1f} MB each" in said
+    assert run([*SERVE, "--dry-run", "--", "--max-lora-rank", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "above --max-lora-rank 1: add_numbers, " in said and "pass --max-lora-rank 8 or more" in said
 
 
 @pytest.mark.parametrize("by", ["option", "LOGO_API_KEY", "VLLM_API_KEY"])

@@ -144,6 +144,20 @@ def test_its_shadow_says_what_would_be_selected(
     assert selected is not None and float(selected[1]) >= len(wanted)
 
 
+def test_a_prompt_that_was_probed_a_moment_ago_is_not_read_again(server: Server, rows: list[str]) -> None:
+    def read() -> float:
+        [found] = re.findall(r"^vllm:prompt_tokens_total{.*} (\S+)$", server.ask("/metrics")[1], re.M)
+        return float(found)
+
+    body = {"prompt": f"{rows[0]} once more"}
+    before = read()
+    first = server.ask("/v1/logo/select", body)[1]
+    eventually(lambda: read() > before)
+    after = read()
+    second = server.ask("/v1/logo/select", body)[1]
+    assert second["scores"] == first["scores"] and read() == after
+
+
 def test_several_prompts_have_several_mixtures(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:
     """A stream tells them first, and never again."""
     ask: dict[str, Any] = {"model": "logo", "prompt": rows[::18][:5], "max_tokens": 8}

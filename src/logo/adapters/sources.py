@@ -3,6 +3,7 @@
     adapters/                      a folder, with adapters at any depth
     pool.yaml                      a manifest (`logo.adapters.manifest`)
     org/repo[/folder][@revision]   a Hub repository, or a folder in it
+    NAME=...                       one adapter in a folder or a repository, under this name
 
 Several are separated by commas. An adapter is named by its path below its source, or after it if it is the source. If
 there are several, those on the Hub stand in front of the names, so that no name depends on what other sources hold.
@@ -58,12 +59,14 @@ class PoolOptions(DownloadOptions, total=False):
 
 @dataclass(frozen=True)
 class Source:
-    """One source of adapters: a path, or a repository, the folder in it (empty: all of it) and its revision."""
+    """One source of adapters: a path, or a repository, the folder in it (empty: all of it) and its revision; and the
+    name of its only adapter, if that is given one."""
 
     kind: Literal["folder", "manifest", "repo"]
     where: str
     below: str = ""
     revision: str | None = None
+    name: str | None = None
 
     @property
     def on_hub(self) -> bool:
@@ -96,7 +99,8 @@ def spec_of(sources: Sequence[Source]) -> str:
     for source in sources:
         where = source.where if source.on_hub else os.path.abspath(source.where)
         revision = f"@{source.revision}" if source.revision else ""
-        texts.append(_path(where, source.below) + revision)
+        name = "" if source.name is None else f"{source.name}="
+        texts.append(name + _path(where, source.below) + revision)
     return ",".join(texts)
 
 
@@ -127,6 +131,9 @@ def official_folder(base_model: str) -> str | None:
 
 
 def _source(text: str) -> Source:
+    name, equals, unnamed = text.partition("=")
+    if equals and not os.path.exists(text):
+        return _named_source(name, unnamed)
     if os.path.isfile(text):
         if not text.endswith(SUFFIXES):
             raise UsageError(f"{text}: expected a folder of adapters or a manifest (.yaml), found another file")
@@ -134,6 +141,16 @@ def _source(text: str) -> Source:
     if not os.path.isdir(text):
         _check_no_pattern(text)
     return _on_hub(text) if is_hub_spec(text) else Source("folder", text)
+
+
+def _named_source(name: str, text: str) -> Source:
+    """The source of an adapter that is given a name."""
+    if not name or not text:
+        raise UsageError(f"{name}={text}: expected NAME=FOLDER or NAME=org/repo[/folder][@revision]")
+    source = _source(text)
+    if source.kind == "manifest":
+        raise UsageError(f"{name}={text}: a manifest holds several adapters, and its own names: leave out {name!r}")
+    return replace(source, name=name)
 
 
 def _check_no_pattern(text: str) -> None:
@@ -159,9 +176,9 @@ class _Search:
     entry: Entry | None = None
 
     @property
-    def named(self) -> bool:
-        """Whether the entry gives the adapter a name, so that it is a single one."""
-        return self.entry is not None and self.entry.name is not None
+    def given_name(self) -> str | None:
+        """The name that the entry or the source gives the adapter, which is a single one then."""
+        return self.source.name if self.entry is None else self.entry.name
 
     def root(self, snapshots: Mapping[_Repository, Path | HubError]) -> Path:
         """The folder of the source, or of the snapshot of its repository; raises HubError if that cannot be used."""
@@ -174,8 +191,8 @@ class _Search:
 
     def name(self, path: str) -> str:
         """The name of an adapter in this folder of the source."""
-        if self.entry is not None and self.entry.name is not None:
-            return self.entry.name
+        if self.given_name is not None:
+            return self.given_name
         if self.source.on_hub and (self.full or not path):
             return _path(self.source.where, path)
         return path.removeprefix(self.source.below).strip("/") or own_name(Path(self.source.where, path))
@@ -184,7 +201,7 @@ class _Search:
         """The adapter in a folder of the source, whose own folder is `root`, beside which there are others."""
         below = _path(self.source.below, path)
         name = self.name(below)
-        if not self.named:
+        if self.given_name is None:
             _check_not_left_out(name, path, siblings)
         if not self.source.on_hub:
             return open_adapter(root / below, name, allow_pickle=allow_pickle)
@@ -241,7 +258,7 @@ def gather(
             root = search.root(snapshots)
             top = root / source.below
             walk = _Walk(top, spec_of([source]))
-            paths = walk.single() if search.named else walk.all()
+            paths = walk.all() if search.given_name is None else walk.single()
         except (HubError, StorageError, PoolError) as error:
             if search.entry is None and not (skip and source.on_hub):
                 raise

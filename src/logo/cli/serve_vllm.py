@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool
     from logo.api.guards import GuardSettings
     from logo.vllm.launch import Launch
+    from logo.vllm.sizing import Sizing
 
 OPEN = "Listening on {} without an API key: everybody who reaches it may use it. --api-key requires one."
 
@@ -50,7 +52,11 @@ def serve(options: EngineOptions, server: ServerOptions, flags: Sequence[str]) -
         flags: of the user, for vLLM.
     """
     from logo.vllm.launch import API_KEY, check_environment
+    from logo.vllm.modules import lora_modules
 
+    modules, flags = lora_modules(flags)
+    if modules:
+        options = replace(options, adapters=[*(options.adapters or ()), *modules])
     base_model = or_demo(options)
     server.model_name(base_model)  # raises before anything slow happens
     _refuse(options, server, flags)
@@ -138,7 +144,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     from logo.cli.cluster import absolute
     from logo.vllm.launch import Launch
     from logo.vllm.options import VllmOptions
-    from logo.vllm.pool import rank_of, slots_of, targets_of
+    from logo.vllm.pool import rank_of, targets_of
 
     quiet_transformers()
     source = resolve_base(base_model, MODEL_DIR)
@@ -159,10 +165,11 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     if options.encoder is not None:
         config["encoder"] = absolute(options.encoder)  # replicas have other working folders
     VllmOptions.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse
-    fitted = _fitted(options, base_model, server)
-    k = config.get("k") or fitted.default_k
-    slots = slots_of(fitted, k, os.environ.get(LORA_UPDATES, "0").strip().lower() in ("1", "true"))
-    note(f"{len(fitted)} adapters, {slots} slots of rank {rank_of(fitted)}")
+    fitted, layout = _fitted(options, base_model, server)
+    sizing = _sizing(options, base_model, fitted, layout, config.get("k"), given)
+    note(sizing.text)
+    if sizing.above:
+        rank_of(fitted, sizing.rank)  # raises, and says what to pass
     flags = _flags(options, base_model, server, given)
     template = _chat_template(base_model, source)
     if template is not None:
@@ -170,8 +177,8 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     return Launch(
         model=str(Path(source).absolute()) if Path(source).is_dir() else source,
         name=server.model_name(base_model),
-        slots=slots,
-        rank=rank_of(fitted),
+        slots=sizing.slots,
+        rank=sizing.rank,
         targets=targets_of(fitted),
         pool=place,
         options=config,
@@ -183,18 +190,49 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     )
 
 
-def _flags(options: EngineOptions, base_model: str, server: ServerOptions, given: Sequence[str]) -> list[str]:
-    """Flags of vLLM that do not depend on the pool; `given`: the user's."""
+def _sizing(
+    options: EngineOptions,
+    base_model: str,
+    pool: AdapterPool,
+    layout: BaseLayout,
+    k: int | None,
+    flags: Sequence[str],
+) -> Sizing:
+    """What the slots for a pool will take; `flags`: of the user, for vLLM."""
     import torch
 
+    from logo.vllm.pool import rank_of, slots_of, targets_of
+    from logo.vllm.sizing import Sizing, above, given, slot_bytes
+
+    changes = os.environ.get(LORA_UPDATES, "0").strip().lower() in ("1", "true")
+    asked = given(flags, "--max-loras")
+    wanted = k or pool.default_k
+    slots = asked or slots_of(pool, wanted, changes)
+    rank = given(flags, "--max-lora-rank") or rank_of(pool)
+    parallel = given(flags, "--tensor-parallel-size", "-tp") or 1
+    item = getattr(torch, _dtype(options, base_model)).itemsize
+    size = slot_bytes(layout.shapes, targets_of(pool), rank, item, parallel)
+    return Sizing(len(pool), min(wanted, slots) if k is None else k, slots, rank, size, above(pool, rank))
+
+
+def _dtype(options: EngineOptions, base_model: str) -> str:
+    """The dtype that vLLM computes in, by torch's name."""
+    import torch
+
+    if options.dtype != "auto":
+        return options.dtype
+    config = load_config(base_model, model_dir=MODEL_DIR)
+    usual = usual_dtype(config, torch.device("cpu")) if _on_cpu() else config.dtype
+    return str(usual or torch.bfloat16).removeprefix("torch.")
+
+
+def _flags(options: EngineOptions, base_model: str, server: ServerOptions, given: Sequence[str]) -> list[str]:
+    """Flags of vLLM that do not depend on the pool; `given`: the user's."""
     from logo.mixing.cache import bytes_of
     from logo.vllm.launch import CPU_CACHE_GB
 
     on_cpu = _on_cpu()
-    dtype = options.dtype
-    if dtype == "auto" and on_cpu:
-        usual = usual_dtype(load_config(base_model, model_dir=MODEL_DIR), torch.device("cpu"))
-        dtype = str(usual).removeprefix("torch.")
+    dtype = _dtype(options, base_model) if on_cpu else options.dtype
     flags = ["--dtype", dtype, "--max-num-seqs", str(server.max_concurrent)]
     cache_gb = server.kv_cache_gb
     if cache_gb is None and on_cpu:
@@ -211,16 +249,17 @@ def _flags(options: EngineOptions, base_model: str, server: ServerOptions, given
     return [*flags, "--allowed-origins", json.dumps(server.cors or [])]
 
 
-def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> AdapterPool:
-    """The pool, which can be served with these options."""
+def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> tuple[AdapterPool, BaseLayout]:
+    """The pool, which can be served with these options, and the base model's layout."""
     from logo.api.names import check_pool
     from logo.selection.plan import plan
 
     model = skeleton(load_config(base_model, model_dir=MODEL_DIR))
-    pool = open_pool(options, base_model).fit(BaseLayout.of(model))
+    layout = BaseLayout.of(model)
+    pool = open_pool(options, base_model).fit(layout)
     check_pool(server.model_name(base_model), pool.names)
     plan(model, pool, selection_settings(options))  # refuses a pool that cannot be scored, before vLLM is started
-    return pool
+    return pool, layout
 
 
 def _on_cpu() -> bool:

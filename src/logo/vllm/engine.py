@@ -27,8 +27,10 @@ from logo.selection.signals import Signal
 from logo.vllm import plugin
 from logo.vllm.batched import Batched
 from logo.vllm.launch import EXTENSION
+from logo.vllm.options import log
 from logo.vllm.patches import options_of
 from logo.vllm.pool import pool_of, rank_of, scoring_signals
+from logo.vllm.recent import Recent
 from logo.vllm.requests import Mix, ProbeRequest, lora_request
 from logo.vllm.skeleton import fitting, prompts_of, skeleton
 from logo.vllm.slots import Slots
@@ -45,6 +47,7 @@ Run = Callable[[Sequence[tuple[Sequence[int], Any, Any]]], Awaitable[list[Any]]]
 Encoding = Batched[Sequence[int], tuple[float | None, ...]]
 # How often a prompt is probed that ran in a captured graph, which reads nothing.
 _TRIES = 3
+_RECENT = 4096  # prompts whose scores are kept
 
 
 class WorkerError(LoGoError, RuntimeError):
@@ -112,12 +115,16 @@ class Engine:
         self._max_model_len = model.max_model_len
         self._store = Store(cache_folder(options.settings.cache))  # of what a text encoder has read
         self.served = Served(pool_of(options, self.skeleton), {})
+        if options.settings.k is None and options.settings.k_of(self.served.pool) > lora.max_loras:
+            log.info("LoGo: at most %d adapters answer a prompt, as many as --max-loras", lora.max_loras)
+            self.options = replace(options, settings=replace(options.settings, k=lora.max_loras))
         self.slots = Slots(lora.max_loras, lambda into: self.call("load", into))
         self.answers = 0
         self._changing = asyncio.Lock()
         self._users: Counter[str] = Counter()  # requests in progress, by the digest of their pool
         self._coming = ""  # digest of the pool that is being opened
         self._outcome = Batched(self._outcomes)  # of a probe, by its key
+        self._recent: Recent[list[float]] = Recent(_RECENT)
 
     async def open(self, signals: Sequence[str] | None = None) -> None:
         """Calibrates the pool in all workers, for these signals (None: all that the options name and that can score
@@ -278,29 +285,40 @@ class Engine:
         without_examples: bool = False,
         alone: bool = False,
     ) -> list[list[float]]:
-        """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `ProbeRequest`.
+        """Scores of the adapters of a pool for prompts, which run as probes unless their windows were probed lately
+        (never for prompts that are probed `alone`); arguments as `Scorer` and `ProbeRequest`.
         NotFinite: a score overflowed; ModelError: a prompt could not be scored."""
-        digest = served.pool.digest
         opened = served.opened[signal]
-        windows = [opened.signal.windowed(row) for row in rows]
-        encoded: Sequence[tuple[float | None, ...] | None] = [None] * len(rows)
+        windows = [tuple(opened.signal.windowed(row)) for row in rows]
+        names = [None if candidates is None else tuple(sorted(candidates)) for candidates in among]
+        digest = served.pool.digest
+        keys = [(digest, signal, without_examples, *key) for key in zip(windows, names, strict=True)]
+        known = [None if alone else self._recent.get(key) for key in keys]
+        unknown = [i for i, scores in enumerate(known) if scores is None]
+        encoded: Sequence[tuple[float | None, ...] | None] = [None] * len(unknown)
         if opened.encoding is not None and not without_examples:
-            encoded = await asyncio.gather(*map(opened.encoding, windows))
-        outcomes: list[Any] = [UNREAD] * len(rows)
+            encoded = await asyncio.gather(*(opened.encoding(windows[i]) for i in unknown))
+        probes = [
+            ProbeRequest("", digest, signal, names[i], without_examples, alone, similarities)
+            for i, similarities in zip(unknown, encoded, strict=True)
+        ]
+        for i, scores in zip(unknown, await self._probed([windows[i] for i in unknown], probes), strict=True):
+            known[i] = scores
+            self._recent.put(keys[i], scores)
+        return [scores for scores in known if scores is not None]
+
+    async def _probed(self, windows: Rows, probes: Sequence[ProbeRequest]) -> list[list[float]]:
+        """The scores that probes of these windows give. Errors as `scores`."""
+        outcomes: list[Any] = [UNREAD] * len(windows)
         for _ in range(_TRIES):
             unread = [
                 i for i, outcome in enumerate(outcomes) if isinstance(outcome, str) and outcome.startswith(UNREAD)
             ]
             if not unread:
                 break
-            probes = []
-            for i in unread:
-                candidates = among[i]
-                names = None if candidates is None else tuple(sorted(candidates))
-                key = uuid.uuid4().hex
-                probes.append(ProbeRequest(key, digest, signal, names, without_examples, alone, encoded[i]))
-            await self._probe([windows[i] for i in unread], probes)
-            again = await asyncio.gather(*(self._outcome(probe.key) for probe in probes))
+            tried = [replace(probes[i], key=uuid.uuid4().hex) for i in unread]
+            await self._probe([windows[i] for i in unread], tried)
+            again = await asyncio.gather(*(self._outcome(probe.key) for probe in tried))
             for i, outcome in zip(unread, again, strict=True):
                 outcomes[i] = outcome
         for outcome in outcomes:

@@ -18,6 +18,7 @@ log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look
 
 # Environment variables: one with the pool, and one with all other options as JSON.
 POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
+MODULES = "LOGO_LORA_MODULES"  # the sources that `--lora-modules` names, which join the pool; set by our plugin
 NO_USAGE = "VLLM_NO_USAGE_STATS"  # vLLM reports its usage unless this variable is 1
 
 # Arguments of `vllm.LLM` for slots, parallelism, memory, speed and loading.
@@ -59,6 +60,9 @@ class VllmOptions:
         if not isinstance(inside, Mapping):
             raise UsageError(f"additional_config: expected 'logo' to be an object, found {type(inside).__name__}")
         values |= inside
+        modules = environment.get(MODULES)
+        if modules and isinstance(values.get("pool", ""), str):
+            values["pool"] = ",".join(filter(None, [values.get("pool"), modules]))
         if not values:
             return None
         own = {field.name for field in fields(cls)} - {"settings"}

@@ -36,7 +36,7 @@ from logo.api.replies import adapter_list, labels, model_card
 from logo.core import Prompt
 from logo.errors import LoGoError
 from logo.prompts import read
-from logo.vllm.options import VllmOptions, log
+from logo.vllm.options import MODULES, VllmOptions, log
 from logo.vllm.pool import head_adapter
 from logo.vllm.reading import Conversation, Probing, begin_once, completion_prompts, history_of, text_prompt
 from logo.vllm.serving import CHATS, COMPLETIONS, RESPONSES, Logo, RequestPrompts
@@ -62,6 +62,8 @@ class Routes:
         """Replaces vLLM's routes, if the server has a pool."""
         options = VllmOptions.of(app.state.args.additional_config, os.environ)
         app.state.logo = None
+        if os.environ.get(MODULES):  # they are in the pool
+            app.state.args.lora_modules = None
         app.exception_handler(ApiError)(_refusal)
         app.exception_handler(LoGoError)(_refusal)
         posted: dict[str, Any] = {"/v1/completions": _completion, "/v1/chat/completions": _chat}

@@ -161,7 +161,7 @@ class Logo:
         started = time.perf_counter()
         models = state.openai_serving_models
         if models.lora_requests or models.lora_resolvers:
-            advice = "put the adapters of --lora-modules and resolvers into the pool"
+            advice = "put the adapters of resolvers and of --lora-modules in a file of --config into the pool"
             raise UsageError(f"LoGo fills all of vLLM's slots: {advice}")
         if not envs.VLLM_COMPUTE_NANS_IN_LOGITS:
             raise UsageError(f"{COUNT_NANS} is 0, so that vLLM would answer from NaN without a sign of it: unset it")
