@@ -34,7 +34,7 @@ from logo.vllm.recent import Recent
 from logo.vllm.requests import Mix, ProbeRequest, lora_request
 from logo.vllm.skeleton import fitting, prompts_of, skeleton
 from logo.vllm.slots import Slots
-from logo.vllm.taps import UNREAD
+from logo.vllm.taps import NOT_RUN, UNREAD
 
 # The largest weight of an adapter in a request, in absolute value: far above any that makes sense, and far below those
 # with which sound adapters overflow.
@@ -42,7 +42,7 @@ MOST_WEIGHT = 16.0
 Rows = Sequence[Sequence[int]]
 Among = Sequence[Collection[str] | None]
 Call = Callable[..., Awaitable[list[dict[str, Any]]]]
-Run = Callable[[Sequence[tuple[Sequence[int], Any, Any]]], Awaitable[list[Any]]]
+Run = Callable[..., Awaitable[list[Any]]]
 # What a text encoder says of a prompt's token ids, cut to the window, for the adapters in pool order.
 Encoding = Batched[Sequence[int], tuple[float | None, ...]]
 # How often a prompt is probed that ran in a captured graph, which reads nothing.
@@ -79,8 +79,10 @@ class Engine:
 
     Args:
         call: calls `logo.vllm.worker.Extension.logo` on every worker.
-        run: runs `(token ids, SamplingParams, LoRARequest or None)`, and returns vLLM's last output of each.
+        run: runs `(token ids, SamplingParams, LoRARequest or None), ...`, and returns vLLM's last output of each; in
+            the engine of data parallelism that a second argument numbers, else in any.
         vllm_config: of the engine.
+        engines: how many engines there are, each with workers of its own (data parallelism).
 
     Attributes:
         options: LoGo's.
@@ -91,7 +93,7 @@ class Engine:
         LoGoError: there is no pool, or it does not fit; or vLLM was started without what LoGo needs.
     """
 
-    def __init__(self, call: Call, run: Run, vllm_config: Any) -> None:
+    def __init__(self, call: Call, run: Run, vllm_config: Any, engines: int = 1) -> None:
         model = vllm_config.model_config
         lora = vllm_config.lora_config
         parallel = vllm_config.parallel_config
@@ -105,9 +107,10 @@ class Engine:
         if not parallel.worker_extension_cls:
             raise UsageError("LoGo needs its part of vLLM's workers: pass --worker-extension-cls " + EXTENSION)
         if parallel._api_process_count > 1:
-            raise UsageError("LoGo fills vLLM's slots from one process: leave out --api-server-count")
+            raise UsageError("LoGo fills vLLM's slots from one process: pass --api-server-count 1, or leave it out")
         self._call = call
         self.run = run
+        self._engines = engines
         self.options = options
         self._rank = lora.max_lora_rank
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
@@ -205,7 +208,9 @@ class Engine:
             fresh = False
             texts = first["texts"]
             keys = [uuid.uuid4().hex for _ in texts]
-            await self._probe(texts, [ProbeRequest(key, pool.digest, "") for key in keys])
+            probes = [ProbeRequest(key, pool.digest, "") for key in keys]
+            numbers: list[int | None] = [None] if self._engines == 1 else [*range(self._engines)]
+            await asyncio.gather(*(self._probe(texts, probes, number) for number in numbers))
 
     def _encoding(self, pool: AdapterPool, names: Sequence[str], signal: Signal) -> Encoding | None:
         """What reads prompts by the text encoder for the adapters that a signal scores, beside the event loop; None:
@@ -326,21 +331,23 @@ class Engine:
                 raise (NotFinite if "finite" in outcome else ModelError)(f"a prompt could not be scored: {outcome}")
         return outcomes
 
-    async def _probe(self, rows: Rows, probes: Sequence[ProbeRequest]) -> None:
-        """Runs prompts as these probes, whose outcomes the workers keep."""
+    async def _probe(self, rows: Rows, probes: Sequence[ProbeRequest], engine: int | None = None) -> None:
+        """Runs prompts as these probes, whose outcomes the workers keep, in the engine of this number, or in any."""
         from vllm import SamplingParams
 
         # Hidden vectors of tokens whose keys and values come from the cache would not be computed.
         once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True)
-        await self.run([(row, once, lora_request(probe)) for row, probe in zip(rows, probes, strict=True)])
+        asked = [(row, once, lora_request(probe)) for row, probe in zip(rows, probes, strict=True)]
+        await (self.run(asked) if engine is None else self.run(asked, engine))
 
     async def _outcomes(self, keys: Sequence[str]) -> list[Any]:
-        """The outcomes of these probes, which the workers have kept until now: the first failure, else the scores of
-        the first worker."""
+        """The outcomes of these probes, which the workers that ran them have kept until now: the first failure, else
+        the scores of the first worker."""
         replies = await self.call("scores", list(keys))
         outcomes = []
         for key in keys:
-            of_workers = [reply[key] for reply in replies]
+            of_all = [reply[key] for reply in replies]
+            of_workers = [outcome for outcome in of_all if outcome != NOT_RUN] or of_all
             outcomes.append(next((outcome for outcome in of_workers if isinstance(outcome, str)), of_workers[0]))
         return outcomes
 

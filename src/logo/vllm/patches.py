@@ -107,7 +107,6 @@ def _check_config(parallel: Any, lora: Any) -> None:
     parted = getattr(parallel, "use_ubatching", False)
     refused = {
         "--pipeline-parallel-size": (parallel.pipeline_parallel_size > 1, "layers are read in one process"),
-        "--data-parallel-size": (parallel.data_parallel_size > 1, "one engine is asked for scores"),
         "--prefill-context-parallel-size": (parallel.prefill_context_parallel_size > 1, "prompts are read whole"),
         "--enable-dbo and --ubatch-size": (parted, "gates are of whole batches"),
         "--fully-sharded-loras": (lora.fully_sharded_loras, "adapters are multiplied whole on every rank"),

@@ -335,14 +335,25 @@ def _sent(kind: str, body: str) -> str:
 
 
 def _engine(client: Any) -> Engine:
-    """The engine of a server, which is not open yet."""
+    """The engine of a server, which is not open yet; with data parallelism, its engines have the same adapters in the
+    same slots, so that each of them can answer any request."""
+    core = client.engine_core
+    engines = len(getattr(core, "core_engines", ())) or 1
 
-    async def answer(ids: Sequence[int], parameters: Any, lora: Any) -> Any:
+    async def call(*args: Any) -> list[Any]:
+        if engines == 1:
+            return list(await client.collective_rpc("logo", args=args))
+        # `collective_rpc` asks all engines, and returns what the first one says.
+        replies = await core.call_utility_all_async("collective_rpc", "logo", None, args, {})
+        return [reply for of_engine in replies for reply in of_engine]
+
+    async def answer(ids: Sequence[int], parameters: Any, lora: Any, engine: int | None) -> Any:
         prompt = {"prompt_token_ids": list(ids)}
-        outputs = client.generate(prompt, parameters, f"logo-{uuid.uuid4().hex}", lora_request=lora)
+        name = f"logo-{uuid.uuid4().hex}"
+        outputs = client.generate(prompt, parameters, name, lora_request=lora, data_parallel_rank=engine)
         return [output async for output in outputs][-1]
 
-    async def run(rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
-        return list(await asyncio.gather(*(answer(*row) for row in rows)))
+    async def run(rows: Sequence[tuple[Sequence[int], Any, Any]], engine: int | None = None) -> list[Any]:
+        return list(await asyncio.gather(*(answer(*row, engine) for row in rows)))
 
-    return Engine(lambda *args: client.collective_rpc("logo", args=args), run, client.vllm_config)
+    return Engine(call, run, client.vllm_config, engines)

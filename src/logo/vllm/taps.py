@@ -28,6 +28,7 @@ from logo.vllm.requests import ProbeRequest
 _MOST_WAITING = 4096
 
 # How the failure of a prompt begins that ran in a captured graph without taps; another run may read it.
+NOT_RUN = "the prompt was not run as a probe"
 UNREAD = "the model was run without reading"
 
 # The scores of a prompt per adapter (-inf for adapters that were not to be selected), the hidden vectors of a text of a
@@ -259,7 +260,7 @@ class Taps:
         taken: dict[str, Outcome] = {}
         for key in keys:
             reading = self._readings.pop(key, None)
-            missing = "the prompt was not run as a probe"
+            missing = NOT_RUN
             if reading is not None:
                 missing = reading.failure or f"only {reading.seen} of {len(reading.span.prompt)} tokens were run"
             taken[key] = self._outcomes.pop(key, missing)
