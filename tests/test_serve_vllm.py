@@ -189,7 +189,7 @@ def test_replicas_on_other_machines_get_what_this_process_was_given(monkeypatch:
         ("--adapter-memory-gb 1", "--adapter-memory-gb is not for --engine vllm: .*--max-loras"),
         ("--key-adapters keys.json", "--key-adapters is not for --engine vllm: vLLM cannot bind API keys"),
         ("--allow-adapter-changes pool", "--allow-adapter-changes is not .*VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
-        ("--log json", "--log is not for --engine vllm: set VLLM_LOGGING_CONFIG_PATH"),
+        ("--select-only", "--select-only is not for --engine vllm: `logo serve --select-only` needs no vLLM"),
         ("--port 0", "--port 0 is not for .* give a port"),
         ("-- --host 0.0.0.0", "--host after `--` .* give it before `--`"),
         ("LOGO_API_KEY=", "--api-key or LOGO_API_KEY: .* found a blank one"),

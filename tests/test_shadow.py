@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ class Watched:
 
     async def select(self, prompt: Prompt) -> Selection:
         self.selected += 1
-        return Selection(("a",), (1.0,), {"a": 2.0, "b": 1.0}, 0.9, None, (), {"a": 0.8, "b": 0.1})
+        return Selection(("a",), (1.0,), {"a": math.log(8), "b": 0.0}, 0.9, None, (), 1.0)
 
     def offer(self, count: int, length: int = 64) -> None:
         self.shadow.offer([Prompt.of_ids(list(range(length)))] * count, {"b": 1.0}, self.select)
@@ -59,7 +60,7 @@ def test_a_quiet_server_selects_for_all_that_wait(tmp_path: Path) -> None:
     lines = lines_of(watched.file)
     assert len(lines) == 100
     assert lines[0]["adapter"] == "b" and lines[0]["named"] == {"b": 1.0} and lines[0]["confidence"] == 0.9
-    assert lines[0]["first"][0] == {"adapter": "a", "score": 2.0, "probability": 0.8} and "prompt" not in lines[0]
+    assert lines[0]["first"][0] == {"adapter": "a", "score": 2.0794, "probability": 0.8} and "prompt" not in lines[0]
 
 
 def test_under_load_it_reads_a_small_share_of_what_is_answered_and_drops_the_rest(tmp_path: Path) -> None:

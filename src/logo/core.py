@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from logo.errors import UsageError
@@ -131,8 +132,7 @@ class Selection:
             selection, and for signals whose scores have no scale of their own.
         signal: the signal whose scores these are; None for a selection that no signal made.
         silent: adapters of the pool that cannot act on the prompt, since it lacks their invocation tokens.
-        probabilities: of each candidate, that it is the adapter that was made for this prompt; they sum to the
-            confidence (to 1 where there is none). Empty for a selection that no signal made.
+        unit: how far apart scores lie of which one is e times as probable as the other; None: they have no scale.
     """
 
     adapters: tuple[str, ...]
@@ -141,7 +141,7 @@ class Selection:
     confidence: float | None = None
     signal: str | None = None
     silent: tuple[str, ...] = ()
-    probabilities: Mapping[str, float] = field(default_factory=dict)
+    unit: float | None = None
 
     @classmethod
     def forced(cls, weights: Mapping[str, float]) -> Selection:
@@ -156,6 +156,21 @@ class Selection:
     def mixture(self) -> dict[str, float]:
         """Adapter name -> weight."""
         return dict(zip(self.adapters, self.weights, strict=True))
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """Of each adapter with a score, that it is the one that was made for the prompt: 0 for those that cannot act.
+        They sum to the confidence; where scores have no scale, to 1, as shares of the scores above 0."""
+        heard = [name for name in self.scores if name not in self.silent] or list(self.scores)
+        if self.unit is None or self.confidence is None:
+            shares = {name: max(0.0, self.scores[name]) for name in heard}
+            total = 1.0
+        else:
+            best = max(self.scores[name] for name in heard)
+            shares = {name: math.exp((self.scores[name] - best) / self.unit) for name in heard}
+            total = self.confidence
+        whole = sum(shares.values()) or 1.0
+        return {name: total * shares.get(name, 0.0) / whole for name in self.scores}
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""

@@ -52,8 +52,9 @@ class Chosen:
 def labels(selection: Selection, base: str) -> list[dict[str, Any]]:
     """Answer of `POST /classify`, the likeliest first: the probability of each adapter that it was made for the text,
     and, under the name of the base model, that none was. They sum to 1."""
-    none = 1.0 - sum(selection.probabilities.values())
-    scores = {**dict.fromkeys(selection.scores, 0.0), **selection.probabilities, base: max(0.0, none)}
+    probabilities = selection.probabilities
+    none = 1.0 - sum(probabilities.values())
+    scores = {**probabilities, base: max(0.0, none)}
     ranked = sorted(scores.items(), key=lambda item: -item[1])
     return [{"label": label, "score": score} for label, score in ranked]
 

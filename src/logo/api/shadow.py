@@ -116,6 +116,7 @@ class Shadow:
     def _line(self, named: _Named, selection: Selection) -> dict[str, Any]:
         """What is written of a prompt; `adapter` is the one that its request has named alone, or null."""
         alone = [name for name, weight in named.mixture.items() if weight == 1 and len(named.mixture) == 1]
+        probabilities = selection.probabilities
         best = sorted(selection.scores, key=selection.scores.__getitem__, reverse=True)[:_SAID]
         line: dict[str, Any] = {
             "time": named.when.isoformat(timespec="milliseconds"),
@@ -125,7 +126,7 @@ class Shadow:
                 {
                     "adapter": name,
                     "score": round(selection.scores[name], 4),
-                    "probability": round(selection.probabilities.get(name, 0.0), 4),
+                    "probability": round(probabilities[name], 4),
                 }
                 for name in best
             ],

@@ -13,8 +13,7 @@ from logo.api.logs import Log
 from logo.cli.options import Engine, ProbeText, in_words, positive
 from logo.errors import UsageError
 
-NETWORK = Group("Network and logs", sort_key=1)
-LIMITS = Group("Limits", sort_key=2)
+SERVER = Group("Network, logs and limits", sort_key=1)
 
 
 @Parameter(name="*")
@@ -22,49 +21,49 @@ LIMITS = Group("Limits", sort_key=2)
 class ServerOptions:
     """The network, limits, changes and logs of a server."""
 
-    host: Annotated[str, Parameter(group=NETWORK)] = "127.0.0.1"
+    host: Annotated[str, Parameter(group=SERVER)] = "127.0.0.1"
     """Address to listen on."""
 
-    port: Annotated[int, Parameter(group=NETWORK, validator=Number(gte=0, lte=65535))] = 8000
+    port: Annotated[int, Parameter(group=SERVER, validator=Number(gte=0, lte=65535))] = 8000
     """Port to listen on; 0: any free port."""
 
     api_key: Annotated[
-        list[str] | None, Parameter(group=NETWORK, env_var="LOGO_API_KEY", env_var_split=lambda _, key, **__: [key])
+        list[str] | None, Parameter(group=SERVER, env_var="LOGO_API_KEY", env_var_split=lambda _, key, **__: [key])
     ] = None
     """Clients need one of these (repeatable)."""
 
-    key_adapters: Annotated[Path | None, Parameter(group=NETWORK)] = None
+    key_adapters: Annotated[Path | None, Parameter(group=SERVER)] = None
     """Keys bound to adapters: JSON such as {"KEY": ["team-a/*", "translate"]}."""
 
-    allow_host: Annotated[list[str] | None, Parameter(group=NETWORK)] = None
+    allow_host: Annotated[list[str] | None, Parameter(group=SERVER)] = None
     """Further host name that the server answers to (repeatable)."""
 
-    cors: Annotated[list[str] | None, Parameter(group=NETWORK)] = None
+    cors: Annotated[list[str] | None, Parameter(group=SERVER)] = None
     """Origin whose web pages may send requests (repeatable)."""
 
-    served_model_name: Annotated[str | None, in_words("the last part of --base-model", of=NETWORK)] = None
+    served_model_name: Annotated[str | None, in_words("the last part of --base-model", of=SERVER)] = None
     """Model name to request the base model alone."""
 
-    max_concurrent: Annotated[int, Parameter(group=LIMITS, validator=Number(gte=1, lte=512))] = 64
+    max_concurrent: Annotated[int, Parameter(group=SERVER, validator=Number(gte=1, lte=512))] = 64
     """Answers that are generated at the same time."""
 
-    kv_cache_gb: Annotated[float | None, in_words("0.3 of what is free; CPU: at most 2", of=LIMITS)] = None
+    kv_cache_gb: Annotated[float | None, in_words("0.3 of what is free; CPU: at most 2", of=SERVER)] = None
     """Memory for keys and values, in 10⁹ bytes."""
 
-    adapter_memory_gb: Annotated[float | None, in_words("0.3 of what is free", of=LIMITS)] = None
+    adapter_memory_gb: Annotated[float | None, in_words("0.3 of what is free", of=SERVER)] = None
     """Memory for adapters, in 10⁹ bytes."""
 
-    allow_adapter_changes: Annotated[Path | None, Parameter(group=NETWORK)] = None
+    allow_adapter_changes: Annotated[Path | None, Parameter(group=SERVER)] = None
     """Folder from which requests may add adapters to the pool."""
 
-    log: Annotated[Log, Parameter(group=NETWORK)] = "text"
-    """Text, one JSON object per line, or such lines with the prompts' first 200 tokens."""
+    log: Annotated[Log, Parameter(group=SERVER)] = "text"
+    """Text, JSON, or JSON with prompts."""
 
-    shadow: Annotated[Path | None, Parameter(group=NETWORK)] = None
-    """File for what LoGo would select where requests name adapters (see `logo eval shadow`)."""
+    shadow: Annotated[Path | None, Parameter(group=SERVER)] = None
+    """File for what would be selected where requests name adapters."""
 
-    probe_text: Annotated[ProbeText | None, Parameter(group=LIMITS, show_default=False)] = None
-    """The part of a conversation that selects adapters."""
+    probe_text: Annotated[ProbeText | None, Parameter(group=SERVER, show_default=False)] = None
+    """The part of a conversation that selects."""
 
     server: Annotated[Engine, Parameter(name="--engine")] = "local"
     """This process, or vLLM's own server."""

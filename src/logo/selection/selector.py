@@ -152,7 +152,6 @@ class Selector:
             found = f"confidence {confidence:.2f}, expected {options.unsure_below:g} or more"
             message = f"no adapter of the pool seems to be made for this prompt ({found})"
             raise Unsure(message, named, float(confidence or 0))
-        probabilities = self._probabilities([named[name] for name in order], ranked, confidence)
         best = order[: options.k or self.default_k]
         if unsure and options.when_unsure == "base":
             weights: list[float] = []
@@ -163,24 +162,8 @@ class Selector:
             sizes = np.array([self.sizes.get(name, USUAL_SIZE) for name in best])
             weights = adaptive_weights(margins, sizes, confidence, self.evidence)
         adapters = tuple(best[: len(weights)])
-        return Selection(
-            adapters,
-            tuple(weights),
-            named,
-            confidence,
-            options.signal,
-            tuple(silent),
-            dict(zip(order, probabilities, strict=True)),
-        )
-
-    def _probabilities(self, scores: Sequence[float], ranked: Sequence[float], confidence: float | None) -> list[float]:
-        """Of each of these scores of adapters, the best first: that it is the one made for the prompt. `ranked` has all
-        candidates."""
-        if self.evidence is None or confidence is None:
-            return linear_weights(scores)
-        margins = (np.array(scores) - scores[0]) / self.evidence.spread(ranked)
-        shares: list[float] = (confidence * softmax(margins, self.evidence.sharpness)).tolist()
-        return shares
+        unit = None if self.evidence is None else self.evidence.sharpness * self.evidence.spread(ranked)
+        return Selection(adapters, tuple(weights), named, confidence, options.signal, tuple(silent), unit)
 
     def _candidates(self, scores: Tensor, options: Options) -> dict[str, float]:
         """The scores of the candidates by name, in the order of the pool; raises PoolError or NotFinite."""
@@ -213,13 +196,6 @@ def linear_weights(scores: Sequence[float]) -> list[float]:
     return [score / total for score in positive] if total > 0 else [1 / len(scores)] * len(scores)
 
 
-def softmax(margins: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-    """Shares (adapters,) that sum to 1, of margins (adapters,) of at most 0."""
-    exponentials = np.exp(margins / temperature)
-    shares: NDArray[np.float64] = exponentials / exponentials.sum()
-    return shares
-
-
 def adaptive_weights(
     margins: NDArray[np.float64], sizes: NDArray[np.float64], confidence: float, evidence: Evidence
 ) -> list[float]:
@@ -229,8 +205,10 @@ def adaptive_weights(
         margins: (adapters,), the scores less the best one, in units of the spread, the best one first.
         sizes: (adapters,), their relative sizes.
     """
-    sharp = softmax(margins, evidence.sharpness)
-    broad = softmax(margins, evidence.breadth)
+    sharp = np.exp(margins / evidence.sharpness)
+    sharp = sharp / sharp.sum()
+    broad = np.exp(margins / evidence.breadth)
+    broad = broad / broad.sum()
     for_sharp = evidence.boldness * confidence
     share = for_sharp / (for_sharp + 1 - confidence)
     weights = share * sharp + (1 - share) * broad / (1 + broad @ sizes / HALVED)
