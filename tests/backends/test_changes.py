@@ -266,7 +266,7 @@ def test_where_tokens_are_guessed_log_probabilities_say_that_an_answer_overflows
             computed.append(params.logprobs)
             for logprob in (-1.0, math.nan):
                 places = None if params.logprobs is None else [{5: SimpleNamespace(logprob=logprob)}]
-                yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=places)], metrics=None)
+                yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=places, token_ids=[5])], metrics=None)
 
     @asynccontextmanager
     async def held(mixes: Sequence[Mix]) -> AsyncIterator[list[Any]]:

@@ -77,7 +77,8 @@ def test_prompts_that_wait_are_encoded_together_beside_the_event_loop(
 ) -> None:
     """And not for clients that have left."""
     engine = inside.engine
-    prompts = [Prompt.of_ids(local.tokenizer(row)["input_ids"]) for row in rows[:7]]
+    unread = [f"{row} once" for row in rows[:7]]  # prompts that were read a moment ago would not be read again
+    prompts = [Prompt.of_ids(local.tokenizer(row)["input_ids"]) for row in unread]
     call = engine.options.settings.options(engine.served.pool, {})
     held = HeldEncoder(monkeypatch, PATIENCE)
 
@@ -114,7 +115,7 @@ def test_an_encoder_that_fails_fails_those_that_wait(
     with monkeypatch.context() as patch:
         patch.setattr(SentenceTransformer, "encode", lambda *_, **__: torch.empty(0).view(-1, 3)[0, 5])
         with pytest.raises(IndexError):
-            inside.select(rows[0])
+            inside.select(f"{rows[0]} again")
     same_selection(inside.select(rows[0]), expected)
 
 

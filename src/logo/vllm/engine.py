@@ -298,7 +298,9 @@ class Engine:
         names = [None if candidates is None else tuple(sorted(candidates)) for candidates in among]
         digest = served.pool.digest
         keys = [(digest, signal, without_examples, *key) for key in zip(windows, names, strict=True)]
-        known = [None if alone else self._recent.get(key) for key in keys]
+        # Answers of adapters that act from a position on use what the probe has read, so such a pool is probed anew.
+        may_know = not (alone or served.pool.read_once)
+        known = [self._recent.get(key) if may_know else None for key in keys]
         unknown = [i for i, scores in enumerate(known) if scores is None]
         encoded: Sequence[tuple[float | None, ...] | None] = [None] * len(unknown)
         if opened.encoding is not None and not without_examples:
