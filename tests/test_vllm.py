@@ -86,6 +86,36 @@ def test_every_token_gets_its_own_mixture(counts: list[int], slots: int, rank: i
     assert torch.allclose(y + gated(x, a, b, gate), expected, atol=1e-4)  # as compiled layers multiply
 
 
+@pytest.mark.parametrize(
+    ("ranks", "rows"),
+    [
+        pytest.param((64, 0, 0, 0, 0, 64), 3, id="apart"),
+        pytest.param((64, 64, 64, 0, 64, 64), 3, id="together"),
+        pytest.param((4,) * 12, 3, id="copied"),
+        pytest.param((0, 0, 0), 3, id="none acts"),
+        pytest.param((64, 16, 0, 4, 8, 64), 200, id="many rows"),
+    ],
+)
+def test_only_the_columns_that_adapters_have_in_a_layer_count(ranks: tuple[int, ...], rows: int) -> None:
+    """Slots have the rank of the largest adapter, and hold zeros behind an adapter's own."""
+    slots, rank, d = len(ranks), 64, 1000
+    a, b = factors(slots, rank, d, d)
+    a = a / d
+    for slot, own in enumerate(ranks):
+        a[slot, own:] = 0
+        b[slot, own:] = 0
+    gate = torch.rand(rows, slots)
+    gate[0] = 0
+    x, y = torch.randn(rows, d), torch.randn(rows, d)
+    gates = StepGates(256, 16, slots, CPU, torch.float32, eager=True)
+    gates.write([(0, gate)], ())
+    found = y.clone()
+    for group in gates.groups:
+        group.add(found, x, a, b, ranks)
+    expected = y + torch.einsum("ts,srd,td,sro->to", gate, a, x, b)
+    assert torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_an_adapter_that_overflows_spoils_no_other_row() -> None:
     a, b = factors(2, 2, 4, 4)
     a[1] = torch.inf

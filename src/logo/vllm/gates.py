@@ -4,57 +4,120 @@
 
 One token's gate is its request's mixture: a weight at the slot of each adapter. The inputs of a step are written into
 fixed buffers before the model runs, and the product over all slots does not branch on data, so that it runs alike
-eagerly, compiled and in a captured graph. On a CPU, which does not capture, rows meet few slots but their own.
+eagerly, compiled and in a captured graph. On a CPU, which does not capture, rows meet little but the columns that
+their own adapters have in the layer: slots have the rank of the pool's largest adapter in every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 # Rows of one request from which on they are multiplied by themselves, so that they meet only their own adapters.
 _ALONE = 16
-# Copying a number takes about as long as this many products: slots between open ones are multiplied if that is less.
-_COPY = 32
+# What a product costs, as measured in bfloat16 on a CPU with AVX512-BF16. Fewer rows than these take as long, since the
+# factors are read all the same.
+_FEWEST_ROWS = 30
+# Copying a number takes as long as multiplying it with this many rows.
+_COPY = 75
+# A call takes as long as multiplying this many numbers with a row.
+_CALL = 9_000_000
+# The most products of a layer whose columns are not neighbours: each one rounds the output once more.
+_MOST_PRODUCTS = 4
 
 # Consecutive rows of a step that belong to one request: the first of them, and their gate (rows, slots) on the CPU.
 Rows = tuple[int, Tensor]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows of a step that are multiplied together: (n,) int64 or a slice, the slots (int64 or a slice) that are
-    multiplied, and the gate (n, slots) of the rows at these slots; `closed`: where it is 0, None if nowhere."""
+class _Columns:
+    """Columns of a layer's factors, `(slots times rank, d)`, that are multiplied at once: which they are, the gate
+    (rows, columns), and where it is 0; `closed` is None if nowhere."""
 
-    rows: slice | Tensor
-    slots: slice | Tensor
+    chosen: slice | Tensor
     gate: Tensor
     closed: Tensor | None
 
-    @classmethod
-    def of(cls, rows: slice | Tensor, gate: Tensor) -> Group:
-        """The group of these rows, given their gates (n, slots), some of which are open."""
-        opened = (gate != 0).any(dim=0).nonzero()[:, 0]
-        first = int(opened[0])
-        end = int(opened[-1]) + 1
-        slots: slice | Tensor = opened
-        if len(gate) * (end - first - len(opened)) <= _COPY * len(opened):
-            slots = slice(first, end)
-        gate = gate[:, slots]
-        closed = gate == 0
-        return cls(rows, slots, gate, closed if bool(closed.any()) else None)
 
-    def add(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
-        """Adds the product to the group's rows of `y` (tokens, d_out); other arguments as `gated`."""
-        opened = _opened(x[self.rows], a[self.slots], self.gate, self.closed)
-        b = b[self.slots].flatten(0, 1)
-        if isinstance(self.rows, slice):
-            y[self.rows].addmm_(opened.to(y.dtype), b.to(y.dtype))
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows of a step that are multiplied together: (n,) int64 or a slice, and their gate (n, slots)."""
+
+    rows: slice | Tensor
+    gate: Tensor
+    # The columns to multiply, by the ranks of the adapters in the slots and the width of the layer.
+    _products: dict[tuple[tuple[int, ...], int, int], tuple[_Columns, ...]] = field(default_factory=dict)
+
+    def add(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, ranks: tuple[int, ...] | None = None) -> None:
+        """Adds the product to the group's rows of `y` (tokens, d_out); other arguments as `gated`.
+
+        Args:
+            ranks: of the adapters in the slots in this layer, 0 where one does not act on it; None: all have the rank
+                of the slots.
+        """
+        slots, rank = a.shape[:2]
+        products = self._products_of(ranks or (rank,) * slots, rank, a.shape[2] + b.shape[2])
+        if not products:
+            return
+        a = a.flatten(0, 1)
+        b = b.flatten(0, 1)
+        entering = x[self.rows].to(a.dtype)
+        for columns in products:
+            opened = entering @ a[columns.chosen].T
+            opened *= columns.gate
+            if columns.closed is not None:
+                opened.masked_fill_(columns.closed, 0)
+            if isinstance(self.rows, slice):
+                y[self.rows].addmm_(opened.to(y.dtype), b[columns.chosen].to(y.dtype))
+            else:
+                y.index_add_(0, self.rows, (opened @ b[columns.chosen]).to(y.dtype))
+
+    def _products_of(self, ranks: tuple[int, ...], rank: int, width: int) -> tuple[_Columns, ...]:
+        """What to multiply in a layer, many of which are alike."""
+        key = ranks, rank, width
+        if key not in self._products:
+            self._products[key] = tuple(self._columns(ranks, rank, width))
+        return self._products[key]
+
+    def _columns(self, ranks: tuple[int, ...], rank: int, width: int) -> Iterator[_Columns]:
+        """The columns of adapters that act on a layer and are open for some row: each run of neighbours by itself, all
+        that lie between the first and the last, or a copy of them side by side, whichever takes the least time."""
+        is_open = (self.gate != 0).any(dim=0).tolist()
+        runs: list[tuple[int, int]] = []
+        for slot, own in enumerate(ranks):
+            if not own or not is_open[slot]:
+                continue
+            begin = slot * rank
+            if runs and runs[-1][1] == begin:
+                runs[-1] = runs[-1][0], begin + own
+            else:
+                runs.append((begin, begin + own))
+        if not runs:
+            return
+        number = sum(end - begin for begin, end in runs)
+        spanned = runs[-1][1] - runs[0][0]
+        per_column = max(len(self.gate), _FEWEST_ROWS) * width
+        apart = number * per_column + len(runs) * _CALL
+        together = spanned * per_column + _CALL
+        copied = number * (per_column + _COPY * width) + 2 * _CALL
+        least = min(apart, together, copied)
+        if least == together:
+            yield self._gated(slice(runs[0][0], runs[-1][1]), torch.arange(runs[0][0], runs[-1][1]), rank)
+        elif least == apart and len(runs) <= _MOST_PRODUCTS:
+            for begin, end in runs:
+                yield self._gated(slice(begin, end), torch.arange(begin, end), rank)
         else:
-            y.index_add_(0, self.rows, (opened @ b).to(y.dtype))
+            side_by_side = torch.cat([torch.arange(begin, end) for begin, end in runs])
+            yield self._gated(side_by_side, side_by_side, rank)
+
+    def _gated(self, chosen: slice | Tensor, numbers: Tensor, rank: int) -> _Columns:
+        """The chosen columns, which have these numbers, with their gate."""
+        gate = self.gate.index_select(1, numbers // rank)
+        closed = gate == 0
+        return _Columns(chosen, gate, closed if bool(closed.any()) else None)
 
 
 class StepGates:
@@ -100,12 +163,12 @@ class StepGates:
 def _grouped(rows: Sequence[Rows], dtype: torch.dtype) -> tuple[Group, ...]:
     """The rows that have open gates: long requests each alone, all others together."""
     opened = [(row, gate.to(dtype)) for row, gate in rows if bool(gate.any())]
-    groups = [Group.of(slice(row, row + len(gate)), gate) for row, gate in opened if len(gate) >= _ALONE]
+    groups = [Group(slice(row, row + len(gate)), gate) for row, gate in opened if len(gate) >= _ALONE]
     short = [(torch.arange(row, row + len(gate)), gate) for row, gate in opened if len(gate) < _ALONE]
     if short:
         numbers, gates = map(torch.cat, zip(*short, strict=True))
         without_gaps = bool((numbers.diff() == 1).all())
-        groups.append(Group.of(slice(int(numbers[0]), int(numbers[-1]) + 1) if without_gaps else numbers, gates))
+        groups.append(Group(slice(int(numbers[0]), int(numbers[-1]) + 1) if without_gaps else numbers, gates))
     return tuple(groups)
 
 
@@ -115,16 +178,10 @@ def gated(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
 
     A closed gate gives 0, even if `x Aᵀ` is not finite, so an adapter that overflows affects only its own rows.
     """
-    return _opened(x, a, gate, gate == 0) @ b.flatten(0, 1)
-
-
-def _opened(x: Tensor, a: Tensor, gate: Tensor, closed: Tensor | None) -> Tensor:
-    """`(x Aᵀ) ⊙ gate`, (tokens, slots times rank); `closed`: where the gate is 0, None if nowhere."""
     product = (x.to(a.dtype) @ a.flatten(0, 1).T).view(-1, *a.shape[:2])
     product *= gate[..., None]
-    if closed is not None:
-        product.masked_fill_(closed[..., None], 0)
-    return product.flatten(1)
+    product.masked_fill_((gate == 0)[..., None], 0)
+    return product.flatten(1) @ b.flatten(0, 1)
 
 
 def turned(b: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
     current step."""
 
     tap: Tap | None = None  # of what enters the layer
-    used: tuple[bool, ...] | None = None  # the layer's slices that some adapter acts on; None: unknown, perhaps all
+    # Of each slice of the layer, the ranks of the adapters in the slots, 0 where one does not act; None: unknown.
+    ranks: tuple[tuple[int, ...], ...] | None = None
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device, gates: StepGates) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device)
@@ -104,9 +105,9 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
             return
         start = 0
         for i, ((a, b), width) in enumerate(zip(factors, output_slices, strict=True)):
-            if self.used is None or self.used[i]:
-                for group in self.gates.groups:
-                    group.add(y[:, start : start + width], x, a, b)
+            ranks = None if self.ranks is None else self.ranks[i]
+            for group in self.gates.groups:
+                group.add(y[:, start : start + width], x, a, b, ranks)
             start += width
 
     def add_lora_logits(

@@ -74,7 +74,7 @@ class Worker:
         self._pools: dict[str, AdapterPool] = {pool.digest: pool}
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # by key, those of the latest pool last
         self._remember(pool)
-        # Compiled layers keep the slices and the taps that they were compiled with; a changed pool may need others.
+        # Compiled layers keep the taps that they were compiled with; a changed pool may need others.
         self._compiled = is_compiled(vllm_config)
         self._gates = StepGates(
             manager.max_num_batched_tokens + 7,
@@ -91,6 +91,7 @@ class Worker:
         self._warned = set[str]()  # the adapters of which a warning says that they do not act
         self._step: dict[int, tuple[_Request, int]] = {}  # by number: the position of its first token in this step
         self._slots: dict[str, int] = {}  # key of an adapter -> id in vLLM's manager
+        self._ranks: dict[int, dict[str, int]] = {}  # that id -> module -> rank of the adapter there
         self._block_sizes: tuple[int, ...] | None = ()  # see `clearing`; (): not known before the first step
         self._places = self._read_at(pool)
         split(vllm_config, sorted(map(str, self._places)))
@@ -265,6 +266,7 @@ class Worker:
             adapter = self._adapters[key]
             self._slots = {before: taken for before, taken in self._slots.items() if taken != number}
             self._vllm_adapters.remove_adapter(number)
+            self._ranks.pop(number, None)
             loras = {}
             for module, weights in adapter.read().items():
                 a = weights.A.to(self._dtype)
@@ -277,6 +279,17 @@ class Worker:
             self._vllm_adapters.activate_adapter(number)
             model.loras.clear()  # the slot holds it now
             self._slots[key] = number
+            self._ranks[number] = {module: len(weights.lora_a) for module, weights in loras.items()}
+        self._tell_ranks()
+
+    def _tell_ranks(self) -> None:
+        """Tells the layers which ranks the adapters in their slots have there."""
+        in_slots = [self._ranks.get(number, {}) for number in self._vllm_adapters.lora_index_to_id]
+        for path, layer in self._vllm_adapters.modules.items():
+            parts = self._vllm_adapters.packed_modules.get(path, [path])
+            if getattr(layer, "n_slices", 0) == len(parts):  # else its parts cannot be told apart
+                ranks = tuple(tuple(modules.get(part, 0) for modules in in_slots) for part in parts)
+                layer.punica_wrapper.ranks = ranks
 
     # -- pools ---------------------------------------------------------------------------------------------------
 
@@ -340,7 +353,6 @@ class Worker:
             raise
         self._kept = {}
         self.taps.read_by({**scorers, (digest, signal): scorer})
-        self._note_used()
         return {"texts": [], "points": [point.name for point in scorer.points], "selector": asdict(scorer.selector)}
 
     def expected(self, digest: str, signal: str) -> tuple[list[int], list[float]] | None:
@@ -355,15 +367,6 @@ class Worker:
         """Forgets a pool that nobody selects from any more; its adapters stay in their slots until these are needed."""
         self._pools.pop(digest, None)
         self.taps.read_by({key: reader for key, reader in self.taps.readers.items() if key[0] != digest})
-
-    def _note_used(self) -> None:
-        """Tells the layers on which of their slices adapters act; they keep multiplying all (None) if compiled."""
-        touched = {module for adapter in self._adapters.values() for module in adapter.modules}
-        for path, layer in self._vllm_adapters.modules.items():
-            parts = self._vllm_adapters.packed_modules.get(path, [path])
-            told_apart = not self._compiled and getattr(layer, "n_slices", 0) == len(parts)
-            if hasattr(layer, "punica_wrapper"):
-                layer.punica_wrapper.used = tuple(part in touched for part in parts) if told_apart else None
 
     def _vectors(self, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
         """A `TextRunner`: the hidden vectors of texts that vLLM has run; raises _TextsNeeded if it has not."""
