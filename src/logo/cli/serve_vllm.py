@@ -51,7 +51,7 @@ def serve(options: EngineOptions, server: ServerOptions, flags: Sequence[str]) -
     Args:
         flags: of the user, for vLLM.
     """
-    from logo.vllm.launch import API_KEY, check_environment
+    from logo.vllm.launch import check_environment
     from logo.vllm.modules import lora_modules
 
     modules, flags = lora_modules(flags)
@@ -63,21 +63,10 @@ def serve(options: EngineOptions, server: ServerOptions, flags: Sequence[str]) -
     check_environment(os.environ)
     if not server.dry_run:
         need("--engine vllm", "vllm")
-    from logo.api.guards import GuardSettings, is_loopback
-
-    # Raises for invalid keys and origins.
-    keys = server.api_keys or tuple(filter(None, [os.environ.get(API_KEY)]))
-    allowed, origins = tuple(server.allow_host or ()), tuple(server.cors or ())
-    guards = GuardSettings(server.host, keys, allow_hosts=allowed, cors_origins=origins)
-    if not keys and not is_loopback(server.host):
-        note(OPEN.format(server.host))
+    guards = _guards(server)
     launch = _launch(options, base_model, server, flags)
     if server.dry_run:
-        out.print(launch.shown(), markup=False)
-        if launch.api_key is not None:
-            note(f"{API_KEY} is set too; it is not shown.")
-        if server.replicas is not None:
-            note("With --replicas, each replica runs such an engine, and one address serves them all.")
+        _show(launch, server)
     elif server.replicas is not None:
         _replicas(options, base_model, server, launch, guards)
     else:
@@ -86,6 +75,31 @@ def serve(options: EngineOptions, server: ServerOptions, flags: Sequence[str]) -
         sys.stderr.flush()
         # From here on, vLLM handles signals and sets the exit code.
         os.execvpe(launch.command[0], launch.command, environment)
+
+
+def _guards(server: ServerOptions) -> GuardSettings:
+    """Who may ask the server; UsageError: keys or origins are not written as such."""
+    from logo.api.guards import GuardSettings, is_loopback
+    from logo.vllm.launch import API_KEY
+
+    keys = server.api_keys or tuple(filter(None, [os.environ.get(API_KEY)]))
+    hosts = tuple(server.allow_host or ())
+    origins = tuple(server.cors or ())
+    guards = GuardSettings(server.host, keys, allow_hosts=hosts, cors_origins=origins)
+    if not keys and not is_loopback(server.host):
+        note(OPEN.format(server.host))
+    return guards
+
+
+def _show(launch: Launch, server: ServerOptions) -> None:
+    """Prints what would be started."""
+    from logo.vllm.launch import API_KEY
+
+    out.print(launch.shown(), markup=False)
+    if launch.api_key is not None:
+        note(f"{API_KEY} is set too; it is not shown.")
+    if server.replicas is not None:
+        note("With --replicas, each replica runs such an engine, and one address serves them all.")
 
 
 def _refuse(options: EngineOptions, server: ServerOptions, given: Sequence[str]) -> None:
@@ -141,7 +155,7 @@ def _replicas(
 
 
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions, given: Sequence[str]) -> Launch:
-    from logo.cli.cluster import absolute
+    """What is started; `given`: flags of the user, for vLLM."""
     from logo.vllm.launch import Launch
     from logo.vllm.options import VllmOptions
     from logo.vllm.pool import rank_of, targets_of
@@ -152,18 +166,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     place = spec_of(pool_sources(options.sources, base_model, MODEL_DIR))
     if not server.dry_run:
         check_encoder(options)
-    config = {
-        **selection_settings(options, server.probe_text).changed,
-        "host": server.host,
-        "hosts": server.allow_host or [],
-        "origins": server.cors or [],
-    }
-    if server.log != "text":
-        config["log"] = server.log
-    if server.shadow is not None:
-        config["shadow"] = str(server.shadow.absolute())
-    if options.encoder is not None:
-        config["encoder"] = absolute(options.encoder)  # replicas have other working folders
+    config = _config(options, server)
     VllmOptions.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse
     fitted, layout = _fitted(options, base_model, server)
     sizing = _sizing(options, base_model, fitted, layout, config.get("k"), given)
@@ -190,6 +193,25 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     )
 
 
+def _config(options: EngineOptions, server: ServerOptions) -> dict[str, Any]:
+    """LoGo's options for vLLM's processes, without the pool."""
+    from logo.cli.cluster import absolute
+
+    config = {
+        **selection_settings(options, server.probe_text).changed,
+        "host": server.host,
+        "hosts": server.allow_host or [],
+        "origins": server.cors or [],
+    }
+    if server.log != "text":
+        config["log"] = server.log
+    if server.shadow is not None:
+        config["shadow"] = str(server.shadow.absolute())
+    if options.encoder is not None:
+        config["encoder"] = absolute(options.encoder)  # replicas have other working folders
+    return config
+
+
 def _sizing(
     options: EngineOptions,
     base_model: str,
@@ -204,15 +226,20 @@ def _sizing(
     from logo.vllm.pool import rank_of, slots_of, targets_of
     from logo.vllm.sizing import Sizing, above, given, slot_bytes
 
-    changes = os.environ.get(LORA_UPDATES, "0").strip().lower() in ("1", "true")
-    asked = given(flags, "--max-loras")
+    grows = os.environ.get(LORA_UPDATES, "0").strip().lower() in ("1", "true")
     wanted = k or pool.default_k
-    slots = asked or slots_of(pool, wanted, changes)
+    slots = given(flags, "--max-loras") or slots_of(pool, wanted, grows)
     rank = given(flags, "--max-lora-rank") or rank_of(pool)
     parallel = given(flags, "--tensor-parallel-size", "-tp") or 1
     item = getattr(torch, _dtype(options, base_model)).itemsize
-    size = slot_bytes(layout.shapes, targets_of(pool), rank, item, parallel)
-    return Sizing(len(pool), min(wanted, slots) if k is None else k, slots, rank, size, above(pool, rank))
+    return Sizing(
+        adapters=len(pool),
+        k=min(wanted, slots) if k is None else k,
+        slots=slots,
+        rank=rank,
+        slot_bytes=slot_bytes(layout.shapes, targets_of(pool), rank, item, parallel),
+        above=above(pool, rank),
+    )
 
 
 def _dtype(options: EngineOptions, base_model: str) -> str:

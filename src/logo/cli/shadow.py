@@ -26,36 +26,36 @@ def shadow(log: list[Path], /, *, json: bool = False) -> None:
 
     if not log:
         raise UsageError("expected a file that `logo serve --shadow FILE` has written, found none")
-    found = review(read_log(log))
+    report = review(read_log(log))
     if json:
-        print_json(found)
+        print_json(report)
         return
-    _say_agreement(found)
-    _say_clear(found, CLEAR)
-    _say_adapters(found, log)
-    _say_threshold(found)
+    _say_agreement(report)
+    _say_clear(report, CLEAR)
+    _say_adapters(report, log)
+    _say_threshold(report)
 
 
-def _say_agreement(found: dict[str, Any]) -> None:
-    rows = f"{found['rows']} requests: {found['named_one_adapter']} named one adapter"
-    out.print(f"{rows}, {found['named_the_base_model']} the base model", highlight=False)
-    if found["agreement"] is not None:
-        low, high = found["interval"]
-        share = f"{found['agreement']:.2f} ({low:.2f} to {high:.2f})"
-        in_three = f"{found['in_first_three']:.2f}"
+def _say_agreement(report: dict[str, Any]) -> None:
+    rows = f"{report['rows']} requests: {report['named_one_adapter']} named one adapter"
+    out.print(f"{rows}, {report['named_the_base_model']} the base model", highlight=False)
+    if report["agreement"] is not None:
+        low, high = report["interval"]
+        share = f"{report['agreement']:.2f} ({low:.2f} to {high:.2f})"
+        in_three = f"{report['in_first_three']:.2f}"
         out.print(
             f"the named adapter comes first for {share} of them, among the first three for {in_three}", highlight=False
         )
-    if found["confusions"]:
+    if report["confusions"]:
         table = plain_table("named", "would be first", ">requests")
-        for line in found["confusions"]:
+        for line in report["confusions"]:
             table.add_row(Text(line["named"]), Text(line["first"]), str(line["rows"]))
         out.print()
         out.print(table)
 
 
-def _say_clear(found: dict[str, Any], clear: float) -> None:
-    rows = found["clear"]
+def _say_clear(report: dict[str, Any], clear: float) -> None:
+    rows = report["clear"]
     out.print(f"\nother adapter with a probability of {clear:g} or more: {len(rows)} requests", highlight=False)
     if rows:
         table = plain_table("time", "named", "would be first", ">probability", "prompt")
@@ -68,23 +68,23 @@ def _say_clear(found: dict[str, Any], clear: float) -> None:
             out.print(f"and {len(rows) - _SHOWN} more (--json)", highlight=False)
 
 
-def _say_adapters(found: dict[str, Any], log: list[Path]) -> None:
+def _say_adapters(report: dict[str, Any], log: list[Path]) -> None:
     table = plain_table("adapter", ">requests", ">agreement", ">confidence", "")
-    for name, adapter in found["adapters"].items():
+    for name, adapter in report["adapters"].items():
         confidence = "-" if adapter["confidence"] is None else f"{adapter['confidence']:.2f}"
         needs = "needs example prompts" if adapter["needs_examples"] else ""
         table.add_row(Text(name), str(adapter["rows"]), f"{adapter['agreement']:.2f}", confidence, needs)
-    if found["adapters"]:
+    if report["adapters"]:
         out.print()
         out.print(table)
-    if any(adapter["needs_examples"] for adapter in found["adapters"].values()):
+    if any(adapter["needs_examples"] for adapter in report["adapters"].values()):
         files = " ".join(map(str, log))
         advice = f"logo pool examples POOL --from-log {files} takes some of their prompts, if the log has prompts"
         out.print(advice, markup=False, highlight=False)
 
 
-def _say_threshold(found: dict[str, Any]) -> None:
-    threshold = found["threshold"]
+def _say_threshold(report: dict[str, Any]) -> None:
+    threshold = report["threshold"]
     if threshold is None:
         out.print("\nno request has named the base model, so nothing says when it should answer", highlight=False)
         return

@@ -24,7 +24,7 @@ _SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Row:
+class ShadowRow:
     """One line of a shadow's log.
 
     Attributes:
@@ -56,7 +56,7 @@ class Row:
         return not self.agrees and self.probabilities[self.first] >= CLEAR
 
 
-def read_log(files: Sequence[Path]) -> list[Row]:
+def read_log(files: Sequence[Path]) -> list[ShadowRow]:
     """The rows of such files. StorageError: one cannot be read; DataError: a line is none of a shadow."""
     rows = []
     for file in files:
@@ -72,20 +72,20 @@ def read_log(files: Sequence[Path]) -> list[Row]:
     return rows
 
 
-def _row(line: str, where: str) -> Row:
+def _row(line: str, where: str) -> ShadowRow:
     try:
         match json.loads(line):
             case {"time": str(time), "named": dict(named), "first": [_, *_] as first, **more}:
-                probabilities = {one["adapter"]: float(one["probability"]) for one in first}
+                probabilities = {entry["adapter"]: float(entry["probability"]) for entry in first}
                 adapter: Any = more["adapter"] if named else ""
                 confidence: Any = more["confidence"]
-                return Row(time, adapter, probabilities, confidence, str(more.get("prompt", "")))
+                return ShadowRow(time, adapter, probabilities, confidence, str(more.get("prompt", "")))
     except (ValueError, KeyError, TypeError):
         pass
     raise DataError(f"{where}: expected a line of `logo serve --shadow`, found {line:.60}")
 
 
-def review(rows: Sequence[Row]) -> dict[str, Any]:
+def review(rows: Sequence[ShadowRow]) -> dict[str, Any]:
     """What a log says, as JSON: how many rows there are, and of which kind; `agreement` with the named adapter, with
     the 95 % interval; the most frequent `confusions`; the rows of `clear` disagreement; per `adapter` the rows, the
     agreement and the mean confidence, and whether it needs example prompts; the `threshold` of the confidence below
@@ -115,30 +115,30 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(numbers)) if numbers else None
 
 
-def _shown(row: Row) -> dict[str, Any]:
+def _shown(row: ShadowRow) -> dict[str, Any]:
     """A row as JSON."""
     shown = {"time": row.time, "named": row.named, "first": row.first, "probability": row.probabilities[row.first]}
     return {**shown, "prompt": row.prompt} if row.prompt else shown
 
 
-def _by_adapter(named: Sequence[Row]) -> dict[str, dict[str, Any]]:
+def _by_adapter(named: Sequence[ShadowRow]) -> dict[str, dict[str, Any]]:
     """Of each adapter that rows have named: what they say of it."""
-    adapters: dict[str, list[Row]] = {}
+    adapters: dict[str, list[ShadowRow]] = {}
     for row in named:
         adapters.setdefault(str(row.named), []).append(row)
-    found = {}
+    by_adapter = {}
     for name, rows in sorted(adapters.items()):
         agreed = sum(row.agrees for row in rows)
-        found[name] = {
+        by_adapter[name] = {
             "rows": len(rows),
             "agreement": agreed / len(rows),
             "confidence": _mean(row.confidence for row in rows),
             "needs_examples": len(rows) >= FEWEST and agreed < OFTEN * len(rows),
         }
-    return found
+    return by_adapter
 
 
-def _threshold(rows: Sequence[Row]) -> dict[str, Any] | None:
+def _threshold(rows: Sequence[ShadowRow]) -> dict[str, Any] | None:
     """The confidence below which the base model answers most rows as they were named, counted with the adapter that
     would be first above it."""
     known = [row for row in rows if row.confidence is not None]
