@@ -279,7 +279,7 @@ class Worker:
             self._vllm_adapters.activate_adapter(number)
             model.loras.clear()  # the slot holds it now
             self._slots[key] = number
-            self._ranks[number] = {module: len(weights.lora_a) for module, weights in loras.items()}
+            self._ranks[number] = {path: module.rank for path, module in adapter.modules.items()}
         self._tell_ranks()
 
     def _tell_ranks(self) -> None:
