@@ -33,13 +33,21 @@ def clear(runner: Any, scheduled: Any, sizes: Sequence[int]) -> None:
     if _clears_all(runner):
         scheduled.new_block_ids_to_zero = numbers
         return
+    for cache in _caches(runner):
+        for number in numbers:
+            cache[number].zero_()
+
+
+def _caches(runner: Any) -> list[Tensor]:
+    """The memory of all layers; layers of several groups of the cache share theirs."""
     layers = runner.compilation_config.static_forward_context
+    caches: dict[int, Tensor] = {}
     for group in runner.kv_cache_config.kv_cache_groups:
         for name in group.layer_names:
             cache = getattr(layers.get(name), "kv_cache", None)
             if isinstance(cache, Tensor):
-                for number in numbers:
-                    cache[number].zero_()
+                caches[cache.data_ptr()] = cache
+    return list(caches.values())
 
 
 def _clears_all(runner: Any) -> bool:

@@ -1,0 +1,112 @@
+"""Whether `logo serve --engine vllm --dry-run` predicts the memory of slots: its figure beside what vLLM takes.
+
+    python benchmarks/slots_memory.py OUT                                     (with the Python that has vLLM)
+
+For adapters of rank 16 on attention and of rank 64 on all linear layers, a server is started with a slot for each of 60
+adapters, and one with 4 slots. Every adapter answers once, so that all slots are written to. What the workers' private
+memory differs by is compared with the bytes that 56 slots should take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from synthetic import TARGETS, Sizes, base_model, write_adapters
+
+ADAPTERS = 60
+FEW = 4
+PORT = 8112
+KINDS = {16: TARGETS[:4], 64: TARGETS}  # rank -> the modules that adapters act on
+
+
+def command(model: Path, pool: Path, slots: int, *more: str) -> list[str]:
+    """The command of a server."""
+    serve = [sys.executable, "-m", "logo.cli", "serve", "--engine", "vllm", "--base-model", str(model)]
+    serve += ["--adapters", str(pool), "--port", str(PORT), "--kv-cache-gb", "0.2", *more]
+    return [*serve, "--", "--max-loras", str(slots), "--enforce-eager", "--max-model-len", "512"]
+
+
+def predicted(model: Path, pool: Path) -> int:
+    """Bytes that the slots take which a server with few does not have, by the dry run."""
+    asked = command(model, pool, ADAPTERS, "--dry-run")
+    shown = subprocess.run(asked, check=True, capture_output=True, text=True).stderr
+    found = re.search(r"([\d.]+) (MB|GB) each", shown)
+    if found is None:
+        raise SystemExit(f"the dry run says nothing of slots:\n{shown}")
+    return int(float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]) * (ADAPTERS - FEW)
+
+
+def taken(model: Path, pool: Path, slots: int, log: Path) -> int:
+    """Private bytes of a server's processes when every adapter has answered."""
+    with log.open("w") as file:
+        server = subprocess.Popen(command(model, pool, slots), stdout=file, stderr=file, start_new_session=True)
+    try:
+        while not asked("ready"):
+            if server.poll() is not None:
+                raise SystemExit(f"the server did not start; see {log}")
+            time.sleep(1)
+        for adapter in sorted(path.name for path in pool.iterdir()):
+            if asked("v1/completions", {"model": adapter, "prompt": "1 2 3", "max_tokens": 1}) is None:
+                raise SystemExit(f"{adapter} did not answer; see {log}")
+        processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        return sum(process.memory_full_info().uss for process in processes)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def asked(path: str, body: Any = None) -> bytes | None:
+    """What the server replies; None: it does not."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{PORT}/{path}", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            content: bytes = reply.read()
+            return content
+    except OSError:
+        return None
+
+
+def main() -> None:
+    """Measures both kinds of adapters."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="a folder for models and logs")
+    out: Path = parser.parse_args().out
+    for rank, targets in KINDS.items():
+        sizes = Sizes(hidden=1024, layers=12, rank=rank, targets=targets)
+        model = out / "model"
+        pool = out / f"pool-{rank}"
+        if not model.is_dir():
+            base, tokenizer = base_model(sizes)
+            base.save_pretrained(model)
+            tokenizer.save_pretrained(model)
+        if not pool.is_dir():
+            write_adapters(pool, sizes, ADAPTERS)
+        expected = predicted(model, pool)
+        many = taken(model, pool, ADAPTERS, out / f"{rank}-many.log")
+        few = taken(model, pool, FEW, out / f"{rank}-few.log")
+        print(
+            f"rank {rank:2} on {len(targets)} modules: {ADAPTERS - FEW} slots predicted {expected / 1e9:.3f} GB, "
+            f"taken {(many - few) / 1e9:.3f} GB, {100 * (many - few) / expected:.0f} %",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
