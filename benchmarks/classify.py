@@ -25,7 +25,7 @@ AT_ONCE = 10
 
 
 def classified(prompt: str, none: str) -> tuple[str, float]:
-    """The label with the highest score, but not the one for none of the adapters, and the milliseconds of its request."""
+    """The adapter with the highest score, whatever `none` of them has, and the milliseconds of its request."""
     body = json.dumps({"inputs": prompt}).encode()
     url = f"http://127.0.0.1:{PORT}/classify"
     began = time.perf_counter()

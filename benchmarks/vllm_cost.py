@@ -52,7 +52,7 @@ class Cell:
     @property
     def requests(self) -> int:
         """How many are measured."""
-        return max(4, 2 * self.at_once)
+        return max(4, self.at_once if self.length > 500 else 2 * self.at_once)
 
     @property
     def name(self) -> str:
