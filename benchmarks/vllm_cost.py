@@ -195,7 +195,10 @@ def table(all_arms: Sequence[Arm], cells: Sequence[Cell], options: argparse.Name
                 continue
             found = json.loads(file.read_text())
             if found["failed"]:
-                raise SystemExit(f"{file}: {found['failed']} requests failed")
+                lines.append(
+                    f"{cell.length:6} {cell.at_once:7}  {arm.name:8} {found['failed']} of {cell.requests} failed"
+                )
+                continue
             rate = found["request_throughput"]
             base = rate if arm.name == "base" else base
             share = "" if base is None else f"{rate / base:.2f}"
