@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import subprocess
 import sys
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+from servers import answered, asked, serving
 
 PORT = 8114
 AT_ONCE = 10
@@ -26,11 +25,8 @@ AT_ONCE = 10
 
 def classified(prompt: str, none: str) -> tuple[str, float]:
     """The adapter with the highest score, whatever `none` of them has, and the milliseconds of its request."""
-    body = json.dumps({"inputs": prompt}).encode()
-    url = f"http://127.0.0.1:{PORT}/classify"
     began = time.perf_counter()
-    with urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"})) as reply:
-        labels = json.load(reply)
+    labels = json.loads(answered(PORT, "classify", {"inputs": prompt}))
     took = 1e3 * (time.perf_counter() - began)
     [scores] = labels if isinstance(labels[0], list) else [labels]
     ranked = sorted(scores, key=lambda entry: -entry["score"])
@@ -61,33 +57,15 @@ def main() -> None:
     prompts = [json.loads(line)["context"] for line in lines]
     command = [sys.executable, "-m", "logo.cli", "serve", "--select-only", "--base-model", options.base]
     command += ["--adapters", str(options.pool), "--port", str(PORT)]
-    with (options.out / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        while not is_ready():
-            if server.poll() is not None:
-                raise SystemExit(f"the server did not start; see {options.out / 'server.log'}")
-            time.sleep(0.5)
-        with ThreadPoolExecutor(AT_ONCE) as clients:
-            replies = list(clients.map(lambda prompt: classified(prompt, none), prompts))
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
+    server = serving(command, lambda: asked(PORT, "ready") is not None, options.out / "server.log")
+    with server, ThreadPoolExecutor(AT_ONCE) as clients:
+        replies = list(clients.map(lambda prompt: classified(prompt, none), prompts))
     took = [milliseconds for _, milliseconds in replies]
     shown = ", ".join(f"p{share} {np.percentile(took, share):.0f}" for share in (50, 90, 99))
     print(f"{len(prompts)} prompts, {AT_ONCE} at a time, milliseconds: {shown}", flush=True)
     expected = selected(options, prompts)
     same = sum(label == first for (label, _), first in zip(replies, expected, strict=True))
     print(f"the same first adapter as by the library: {same} of {len(prompts)}")
-
-
-def is_ready() -> bool:
-    """Whether the server answers."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/ready", timeout=5) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
 
 
 if __name__ == "__main__":

@@ -11,21 +11,20 @@ shadow in turn. Rows of all tasks name their adapters, one in ten another one, a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import random
-import signal
 import statistics
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from logo.evaluation.shadow import CLEAR, ShadowRow, read_log
+from servers import answered, asked, serving
 
 PORT = 8113
 AT_ONCE = 8
@@ -37,13 +36,10 @@ Request = tuple[str, str]  # the adapter that is named, and the prompt
 
 
 def ask(request: Request, tokens: int) -> None:
-    """Sends a request; raises unless it is answered."""
+    """Sends a request; SystemExit unless it is answered."""
     name, prompt = request
     body = {"model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    data = json.dumps(body).encode()
-    url = f"http://127.0.0.1:{PORT}/v1/completions"
-    with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})) as reply:
-        reply.read()
+    answered(PORT, "v1/completions", body)
 
 
 def rate(requests: Sequence[Request], tokens: int) -> float:
@@ -54,33 +50,13 @@ def rate(requests: Sequence[Request], tokens: int) -> float:
     return len(requests) / (time.perf_counter() - began)
 
 
-@contextlib.contextmanager
-def serving(options: argparse.Namespace, shadow: Path | None) -> Iterator[None]:
-    """Inside the block, a server is ready."""
+def server(options: argparse.Namespace, shadow: Path | None) -> AbstractContextManager[object]:
+    """A server, with a shadow that writes to this file, or without one."""
     command = [sys.executable, "-m", "logo.cli", "serve", "--engine", options.engine, "--base-model", options.base]
     command += ["--adapters", str(options.pool), "--port", str(PORT)]
     if shadow is not None:
         command += ["--shadow", str(shadow), "--log", "prompts"]
-    with (options.out / "server.log").open("a") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        while not is_ready():
-            if server.poll() is not None:
-                raise SystemExit(f"the server did not start; see {options.out / 'server.log'}")
-            time.sleep(0.5)
-        yield
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
-
-
-def is_ready() -> bool:
-    """Whether the server answers."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/ready", timeout=5) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
+    return serving(command, lambda: asked(PORT, "ready") is not None, options.out / "server.log")
 
 
 def long_prompts(options: argparse.Namespace, texts: Sequence[str], drawn: random.Random) -> list[Request]:
@@ -104,7 +80,7 @@ def measure_cost(options: argparse.Namespace, requests: Sequence[Request]) -> No
     for turn in range(options.turns):
         for arm in ("without", "with"):
             shadow = options.out / f"cost-{turn}.jsonl" if arm == "with" else None
-            with serving(options, shadow):
+            with server(options, shadow):
                 rate(requests[:AT_ONCE], ANSWER)  # warms up
                 rates[arm].append(rate(requests[AT_ONCE:], ANSWER))
             print(f"{arm:8} {rates[arm][-1]:.3f} requests/s", flush=True)
@@ -123,7 +99,7 @@ def measure_finds(options: argparse.Namespace, rows: Sequence[tuple[str, str]], 
         name = drawn.choice([other for other in tasks if other != task]) if drawn.random() < WRONG else task
         truth[prompt] = name == task
         requests.append((name, prompt))
-    with serving(options, log):
+    with server(options, log):
         rate(requests, 4)
         lines = -1
         while log.is_file() and lines != (lines := len(log.read_text().splitlines())):

@@ -10,19 +10,12 @@ memory differs by is compared with the bytes that 56 slots should take.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
-from typing import Any
 
-import psutil
-
+from servers import answered, asked, serving
 from synthetic import TARGETS, Sizes, base_model, write_adapters
 
 ADAPTERS = 60
@@ -50,37 +43,10 @@ def predicted(model: Path, pool: Path) -> int:
 
 def taken(model: Path, pool: Path, slots: int, log: Path) -> int:
     """Private bytes of a server's processes when every adapter has answered."""
-    with log.open("w") as file:
-        server = subprocess.Popen(command(model, pool, slots), stdout=file, stderr=file, start_new_session=True)
-    try:
-        while not asked("ready"):
-            if server.poll() is not None:
-                raise SystemExit(f"the server did not start; see {log}")
-            time.sleep(1)
+    with serving(command(model, pool, slots), lambda: asked(PORT, "ready") is not None, log) as server:
         for adapter in sorted(path.name for path in pool.iterdir()):
-            if asked("v1/completions", {"model": adapter, "prompt": "1 2 3", "max_tokens": 1}) is None:
-                raise SystemExit(f"{adapter} did not answer; see {log}")
-        processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-        return sum(process.memory_full_info().uss for process in processes)
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-def asked(path: str, body: Any = None) -> bytes | None:
-    """What the server replies; None: it does not."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{PORT}/{path}", data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=120) as reply:
-            content: bytes = reply.read()
-            return content
-    except OSError:
-        return None
+            answered(PORT, "v1/completions", {"model": adapter, "prompt": "1 2 3", "max_tokens": 1})
+        return sum(process.memory_full_info().uss for process in (server, *server.children(recursive=True)))
 
 
 def main() -> None:

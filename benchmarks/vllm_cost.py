@@ -17,22 +17,20 @@ the length. Every prompt is new to its server. What OUT has already is not measu
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HOST = "127.0.0.1"
-STARTS = 1200  # seconds that a server may take
+from servers import HOST, asked, serving
+
 BENCH = (
     "from vllm.benchmarks.serve import add_cli_args, main\n"
     "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
@@ -125,40 +123,13 @@ def write_prompts(options: argparse.Namespace, cells: Sequence[Cell]) -> None:
                 file.write(json.dumps({"prompt": prompt, "output_tokens": options.tokens}) + "\n")
 
 
-@contextlib.contextmanager
-def serving(arm: Arm, options: argparse.Namespace) -> Iterator[None]:
-    """Inside the block, the arm's server is up and has answered once."""
-    environment = os.environ if arm.model == "logo" or arm.name == "forced" else {**os.environ, "VLLM_PLUGINS": ""}
-    with (options.out / f"{arm.name}.log").open("w") as log:
-        server = subprocess.Popen(arm.command, stdout=log, stderr=log, start_new_session=True, env=environment)
-    try:
-        until = time.monotonic() + STARTS
-        while not answers(arm, options.port):
-            if server.poll() is not None or time.monotonic() > until:
-                raise SystemExit(f"{arm.name}: the server did not start; see {log.name}")
-            time.sleep(1)
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def answers(arm: Arm, port: int) -> bool:
-    """Whether a server answers."""
+def server(arm: Arm, options: argparse.Namespace) -> AbstractContextManager[object]:
+    """The arm's server, which is up when it has answered once."""
+    has_logo = arm.model == "logo" or arm.name == "forced"
+    environment = os.environ if has_logo else {**os.environ, "VLLM_PLUGINS": ""}
     body = {"model": arm.model, "prompt": "Hello there", "max_tokens": 4, "temperature": 0, **(arm.asked or {})}
-    request = urllib.request.Request(
-        f"http://{HOST}:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=300) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
+    log = options.out / f"{arm.name}.log"
+    return serving(arm.command, lambda: asked(options.port, "v1/completions", body) is not None, log, environment)
 
 
 def measure(arm: Arm, cell: Cell, options: argparse.Namespace) -> None:
@@ -238,7 +209,7 @@ def main() -> None:
     for arm in all_arms:
         left = [cell for cell in cells if not result_of(arm, cell, options).is_file()]
         if left:
-            with serving(arm, options):
+            with server(arm, options):
                 for cell in left:
                     began = time.monotonic()
                     measure(arm, cell, options)

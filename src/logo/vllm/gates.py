@@ -85,6 +85,27 @@ class Group:
     def _columns(self, ranks: tuple[int, ...], rank: int, width: int) -> Iterator[_Columns]:
         """The columns of adapters that act on a layer and are open for some row: each run of neighbours by itself, all
         that lie between the first and the last, or a copy of them side by side, whichever takes the least time."""
+        runs = self._runs(ranks, rank)
+        if not runs:
+            return
+        first = runs[0][0]
+        end = runs[-1][1]
+        wanted = sum(behind - begin for begin, behind in runs)
+        per_column = max(len(self.gate), _FEWEST_ROWS) * width
+        together = (end - first) * per_column + _CALL
+        copied = wanted * (per_column + _COPY * width) + 2 * _CALL
+        apart = wanted * per_column + len(runs) * _CALL
+        if len(runs) <= _MOST_PRODUCTS and apart < min(together, copied):
+            for begin, behind in runs:
+                yield self._gated(slice(begin, behind), torch.arange(begin, behind), rank)
+        elif together <= copied:
+            yield self._gated(slice(first, end), torch.arange(first, end), rank)
+        else:
+            side_by_side = torch.cat([torch.arange(begin, behind) for begin, behind in runs])
+            yield self._gated(side_by_side, side_by_side, rank)
+
+    def _runs(self, ranks: tuple[int, ...], rank: int) -> list[tuple[int, int]]:
+        """The columns of those adapters, as runs of neighbours: the first, and the one behind the last."""
         is_open = (self.gate != 0).any(dim=0).tolist()
         runs: list[tuple[int, int]] = []
         for slot, own in enumerate(ranks):
@@ -95,23 +116,7 @@ class Group:
                 runs[-1] = runs[-1][0], begin + own
             else:
                 runs.append((begin, begin + own))
-        if not runs:
-            return
-        number = sum(end - begin for begin, end in runs)
-        spanned = runs[-1][1] - runs[0][0]
-        per_column = max(len(self.gate), _FEWEST_ROWS) * width
-        apart = number * per_column + len(runs) * _CALL
-        together = spanned * per_column + _CALL
-        copied = number * (per_column + _COPY * width) + 2 * _CALL
-        least = min(apart, together, copied)
-        if least == together:
-            yield self._gated(slice(runs[0][0], runs[-1][1]), torch.arange(runs[0][0], runs[-1][1]), rank)
-        elif least == apart and len(runs) <= _MOST_PRODUCTS:
-            for begin, end in runs:
-                yield self._gated(slice(begin, end), torch.arange(begin, end), rank)
-        else:
-            side_by_side = torch.cat([torch.arange(begin, end) for begin, end in runs])
-            yield self._gated(side_by_side, side_by_side, rank)
+        return runs
 
     def _gated(self, chosen: slice | Tensor, numbers: Tensor, rank: int) -> _Columns:
         """The chosen columns, which have these numbers, with their gate."""
