@@ -55,7 +55,7 @@ def test_an_engine_is_replaced_by_one_with_the_same_pool_at_the_same_address(tmp
         engine = first.children(recursive=True)
         assert engine
         os.kill(first.pid, signal.SIGKILL)
-        _, left = psutil.wait_procs(engine, 30)
+        _, left = psutil.wait_procs(engine, 300)
         assert not left  # it holds the memory that the next one needs
         eventually(lambda: server.log.read_text().count("replicas ready: 1 of 1") == 2)
         assert "replicas ready: 0 of 1: A replica's health check failed" in server.log.read_text()
@@ -66,5 +66,5 @@ def test_an_engine_is_replaced_by_one_with_the_same_pool_at_the_same_address(tmp
         ours = psutil.Process(server.process.pid).children(recursive=True)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(600) == 0, server.log.read_text()
-    _, left = psutil.wait_procs(ours, 30)
+    _, left = psutil.wait_procs(ours, 300)
     assert not left  # not even an engine
