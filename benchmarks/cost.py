@@ -82,7 +82,7 @@ class Plan:
     adapters: int = 130
     k: int = 20
     lengths: Lengths = field(default_factory=Lengths)
-    rounds: int = 3
+    rounds: int = 2
     device: str = "cpu"
     dtype: str = "float32"
     peft: bool = True
