@@ -81,7 +81,7 @@ def test_options_are_few() -> None:
             found += slots(command)
         return found
 
-    assert len(COMMANDS) == 21 and slots(app) <= 191  # a server's shadow and `--select-only` added the last three
+    assert len(COMMANDS) == 21 and slots(app) <= 192  # the last one is `logo demo --write`
 
 
 def test_the_official_command_shows_the_official_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +193,23 @@ def test_a_mixture_in_a_line() -> None:
         ({"a": 0.5, "b": 0.2, "c": 0.1, "d": 0.1}, "a 0.50 · b 0.20 · c 0.10 · 1 more"),
     ):
         assert selection_line(Selection.forced(mixture)) == line
+
+
+def test_the_demo_can_be_written_to_try_other_commands_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown, _ = said(capsys, "demo", "--write", "play")
+    assert shown.split() == ["play/model", "play/adapters", "play/rows"]
+    how = ["--base-model", "play/model", "--adapters", "play/adapters", "--device", "cpu"]
+    out, _ = said(capsys, "generate", "What is 7 plus 5?", *how, "--json")
+    bundled, _ = said(capsys, "generate", "What is 7 plus 5?", "--base-model", "demo", "--device", "cpu", "--json")
+    written, shipped = json.loads(out), json.loads(bundled)
+    del written["seconds"], shipped["seconds"]
+    assert written == shipped
+    assert len(list(Path("play/rows").glob("*.jsonl"))) == len(list(Path("play/adapters").glob("*/"))) == 16
+    _, error = said(capsys, "demo", "--write", "play", code=2)
+    assert "play exists already and is not an empty folder; name another one" in error
 
 
 def test_without_a_base_model_the_demo_is_used_and_named(capsys: pytest.CaptureFixture[str]) -> None:

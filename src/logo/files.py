@@ -87,7 +87,7 @@ def new_folder(folder: Path, *, replaced: Collection[str] | None = None) -> Iter
         new.mkdir()
         try:
             yield new
-            for file in new.iterdir():
+            for file in walked(new):
                 with open(file, "rb+") as stream:
                     os.fsync(stream.fileno())
             sync_folder(new)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich.bar import Bar
@@ -11,7 +13,9 @@ from rich.text import Text
 from logo.cli.opening import open_engine
 from logo.cli.options import EngineOptions, in_words, positive
 from logo.cli.output import err, out, plain_table, print_json, progress, weighty
+from logo.demo import adapters_dir, heldout_dir, model_dir
 from logo.evaluation.metrics import em
+from logo.files import new_folder
 from logo.models import DEMO
 
 if TYPE_CHECKING:
@@ -19,15 +23,24 @@ if TYPE_CHECKING:
     from logo.engine import LoGo
 
 
-def demo(*, limit: Annotated[int | None, in_words("all", validator=positive)] = None, json: bool = False) -> None:
+def demo(
+    *,
+    limit: Annotated[int | None, in_words("all", validator=positive)] = None,
+    write: Annotated[Path | None, in_words("nothing is written")] = None,
+    json: bool = False,
+) -> None:
     """Answer prompts with the bundled model, side by side with its base model, and measure every task.
 
     Example: logo demo --limit 10
 
     Args:
         limit: Held-out rows of each task.
+        write: Only write the bundled model, its adapters and held-out rows into this new folder, to try other commands.
         json: Print JSON instead.
     """
+    if write is not None:
+        _write(write, json)
+        return
     from logo.demo import show
 
     logo = open_engine(EngineOptions(device="cpu"), DEMO)
@@ -57,6 +70,19 @@ def demo(*, limit: Annotated[int | None, in_words("all", validator=positive)] = 
         "Only target is told the task. No adapter was trained on these wordings, or on these inputs of its task.\n"
         'Your turn: logo generate "What is 7 plus 5?"'
     )
+
+
+def _write(folder: Path, json: bool) -> None:
+    parts = {"model": model_dir(), "adapters": adapters_dir(), "rows": heldout_dir()}
+    with new_folder(folder) as new:
+        for name, source in parts.items():
+            shutil.copytree(source, new / name, copy_function=shutil.copyfile)  # the writer's own files, writable
+    written = {name: str(folder / name) for name in parts}
+    if json:
+        print_json(written)
+        return
+    for path in written.values():
+        out.print(path, highlight=False, soft_wrap=True)
 
 
 def _side_by_side(answers: list[Answer]) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-__all__ = ["adapters_dir", "assets_dir", "heldout", "model_dir", "showcase"]
+__all__ = ["adapters_dir", "assets_dir", "heldout", "heldout_dir", "model_dir", "showcase"]
 
 
 def assets_dir() -> Path:
@@ -26,10 +26,15 @@ def adapters_dir() -> Path:
     return assets_dir() / "adapters"
 
 
+def heldout_dir() -> Path:
+    """The folder with one file of held-out rows per task."""
+    return assets_dir() / "heldout"
+
+
 def heldout() -> dict[str, list[dict[str, str]]]:
     """Held-out rows by task: each has a ``context`` (the request) and a ``completion`` (the answer)."""
     rows: dict[str, list[dict[str, str]]] = {}
-    for path in sorted((assets_dir() / "heldout").glob("*.jsonl")):
+    for path in sorted(heldout_dir().glob("*.jsonl")):
         rows[path.stem] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return rows
 
