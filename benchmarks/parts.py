@@ -164,7 +164,7 @@ class Bench:
             if related:
                 mixtures["related"] = related_mixtures(self.logo.names, batch, self.k)
             mixtures["random"] = random_mixtures(self.logo.names, batch, self.k)
-        # Short ones, since only steps after the prompt are measured.
+        # Short prompts, since only the steps behind them are measured.
         texts = self.prompts(batch, _DECODED)
         arms = {
             f"{name}, {steps}": self._generating(texts, rows, steps)
@@ -242,22 +242,24 @@ class Bench:
         }
         if batch > 1:
             arms["calibrated, related"] = self._related(logo)
-        theirs: dict[str, Callable[[], object]] = {}
-        if peft is not None:
-            config = exactly(new)
-            theirs["PEFT"] = lambda: [peft.answer(prompt, config) for prompt in self.prompts(batch, tokens)]
-            if batch > 1:
-                theirs["PEFT, one batch"] = lambda: peft.answer_batch(self.prompts(batch, tokens), config)
-            else:
-                theirs["PEFT, all active"] = lambda: peft.answer_active(self.prompts(1, tokens)[0], config)
-        name = f"end to end, batch {batch}"
+        part = f"end to end, batch {batch}"
+        theirs = {} if peft is None else self._by_peft(peft, batch)
         if batch == 1:
-            return self._part(name, {**arms, **theirs}, new=new)
+            return self._part(part, {**arms, **theirs}, new=new)
         # PEFT answers a batch once, since that takes as long as everything else. Single prompts have warmed it up.
-        part = self._part(name, arms, new=new)
+        ours = self._part(part, arms, new=new)
         spent = {name: timed(run, logo.model.device) for name, run in theirs.items()}
         once = {name: Timed(seconds, (seconds,), None) for name, seconds in spent.items()}
-        return replace(part, arms={**part.arms, **once})
+        return replace(ours, arms={**ours.arms, **once})
+
+    def _by_peft(self, peft: PeftArm, batch: int) -> dict[str, Callable[[], object]]:
+        """The arms in which PEFT answers the prompts of `end_to_end`."""
+        tokens = self.lengths.asked
+        config = exactly(self.lengths.new)
+        one_by_one = {"PEFT": lambda: [peft.answer(prompt, config) for prompt in self.prompts(batch, tokens)]}
+        if batch > 1:
+            return {**one_by_one, "PEFT, one batch": lambda: peft.answer_batch(self.prompts(batch, tokens), config)}
+        return {**one_by_one, "PEFT, all active": lambda: peft.answer_active(self.prompts(1, tokens)[0], config)}
 
     def _part(self, name: str, arms: Mapping[str, Callable[[], object]], **counts: int) -> MeasuredPart:
         return MeasuredPart(name, side_by_side(arms, self.rounds, self.logo.model.device), counts)

@@ -35,7 +35,7 @@ def demo(
 
     Args:
         limit: Held-out rows of each task.
-        write: Only write the bundled model, its adapters and held-out rows into this new folder, to try other commands.
+        write: Only write the bundled model, its adapters and rows into this new folder, to try other commands on them.
         json: Print JSON instead.
     """
     if write is not None:
@@ -53,12 +53,7 @@ def demo(
     if not json:
         out.print(_side_by_side(answers))
         out.print("Where no adapter clearly fits, weights sum to less than 1: the rest is the base model's.\n")
-    scores: list[TaskScore] = []
-    with progress(disable=json or not err.is_terminal) as bars:
-        bar = bars.add_task("held-out rows", total=len(logo.names))
-        for score in show.scores(logo, limit, lambda task: bars.update(bar, description=task)):
-            scores.append(score)
-            bars.advance(bar)
+    scores = _measured(logo, limit, quiet=json)
     average = show.average(scores)
     if json:
         print_json(_report(logo, answers, scores, average))
@@ -73,16 +68,31 @@ def demo(
 
 
 def _write(folder: Path, json: bool) -> None:
-    parts = {"model": model_dir(), "adapters": adapters_dir(), "rows": heldout_dir()}
-    with new_folder(folder) as new:
-        for name, source in parts.items():
-            shutil.copytree(source, new / name, copy_function=shutil.copyfile)  # the writer's own files, writable
-    written = {name: str(folder / name) for name in parts}
+    """Copies what is bundled into a new folder, and prints where it is."""
+    bundled = {"model": model_dir(), "adapters": adapters_dir(), "rows": heldout_dir()}
+    with new_folder(folder) as unfinished:
+        for name, original in bundled.items():
+            # Contents without modes: an installation may be read-only, and the copies are to be tried on.
+            shutil.copytree(original, unfinished / name, copy_function=shutil.copyfile)
+    written = {name: str(folder / name) for name in bundled}
     if json:
         print_json(written)
         return
     for path in written.values():
         out.print(path, highlight=False, soft_wrap=True)
+
+
+def _measured(logo: LoGo, limit: int | None, quiet: bool) -> list[TaskScore]:
+    """The scores of all tasks, with a bar that says how far it is, unless `quiet`."""
+    from logo.demo import show
+
+    scores: list[TaskScore] = []
+    with progress(disable=quiet or not err.is_terminal) as bars:
+        bar = bars.add_task("held-out rows", total=len(logo.names))
+        for score in show.scores(logo, limit, lambda task: bars.update(bar, description=task)):
+            scores.append(score)
+            bars.advance(bar)
+    return scores
 
 
 def _side_by_side(answers: list[Answer]) -> Table:
