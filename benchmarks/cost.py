@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -35,32 +35,67 @@ from synthetic import TARGETS, Sizes, base_model, write_adapters
 # One layer of Llama-3.1-8B, with hardly any vocabulary.
 LLAMA_8B_LAYER = Sizes(hidden=4096, layers=1, heads=32, vocabulary=512)
 
-# Ratio: the part, and its arms above and below the line.
+
+class Ratio(NamedTuple):
+    """What is divided by what: two arms of a part, and what the quotient means, in words."""
+
+    part: str
+    above: str
+    below: str
+    meaning: str
+
+
+def of_long(tokens: int) -> dict[str, Ratio]:
+    """The ratios of prompts of so many tokens."""
+    part = long_name(tokens)
+    return {
+        f"select_{tokens}_vs_prefill": Ratio(part, "select", "prefill", f"the same, {tokens:,} tokens"),
+        f"e2e1_{tokens}_vs_base": Ratio(part, "answered", "base", f"time to select and answer them, by the base's"),
+    }
+
+
 RATIOS = {
-    "open_vs_peft": ("open pool", "cold", "PEFT"),
-    "select_vs_prefill": ("select", "norm", "prefill"),
-    "select_calibrated_vs_prefill": ("select", "calibrated", "prefill"),
-    **{f"select_{n}_vs_prefill": (long_name(n), "select", "prefill") for n in LONG},
-    **{f"e2e1_{n}_vs_base": (long_name(n), "answered", "base") for n in LONG},
-    "prefill_vs_base": ("prefill", "mixture", "base"),
-    "decode1_vs_base": ("decode, batch 1", "base", "mixture"),
-    "decode16_vs_base": ("decode, batch 16", "base", "related"),
-    "decode16_random_vs_base": ("decode, batch 16", "base", "random"),
-    "decode16_random_8b_layer_vs_base": ("decode, one layer of 8B", "base", "random"),
-    "e2e1_vs_base": ("end to end, batch 1", "calibrated", "base"),
-    "e2e16_vs_base": ("end to end, batch 16", "calibrated", "base"),
-    "e2e16_related_vs_base": ("end to end, batch 16", "calibrated, related", "base"),
-    "read_once_vs_prefill": ("read once", "once", "prefill"),
-    "read_once_long_vs_prefill": ("read once", "long, once", "long prefill"),
-    "read_once_cached_vs_prefill": ("read once", "cached, once", "long prefill"),
-    "read_once_cached_vs_cached_prefill": ("read once", "cached, once", "cached prefill"),
-    "e2e1_read_once_vs_base": ("read once, batch 1", "once", "base"),
-    "e2e16_read_once_vs_base": ("read once, batch 16", "once", "base"),
-    "e2e16_related_read_once_vs_base": ("read once, batch 16", "once, related", "base"),
-    "e2e1_vs_peft": ("end to end, batch 1", "PEFT", "norm"),
-    "e2e1_vs_peft_all_active": ("end to end, batch 1", "PEFT, all active", "norm"),
-    "e2e16_vs_peft": ("end to end, batch 16", "PEFT", "norm"),
-    "e2e16_vs_peft_one_batch": ("end to end, batch 16", "PEFT, one batch", "norm"),
+    "open_vs_peft": Ratio("open pool", "cold", "PEFT", "time to open the pool, by PEFT's"),
+    "select_vs_prefill": Ratio("select", "norm", "prefill", "time to select by `norm`, by that to read 256 tokens"),
+    "select_calibrated_vs_prefill": Ratio(
+        "select", "calibrated", "prefill", "time to select by `calibrated`, likewise"
+    ),
+    **{name: ratio for tokens in LONG for name, ratio in of_long(tokens).items()},
+    "prefill_vs_base": Ratio("prefill", "mixture", "base", "time to read 256 tokens with a mixture, by the base's"),
+    "decode1_vs_base": Ratio("decode, batch 1", "base", "mixture", "speed of a decoding step"),
+    "decode16_vs_base": Ratio("decode, batch 16", "base", "related", "the same, 16 rows of four tasks"),
+    "decode16_random_vs_base": Ratio("decode, batch 16", "base", "random", "the same, 16 unrelated rows"),
+    "decode16_random_8b_layer_vs_base": Ratio(
+        "decode, one layer of 8B", "base", "random", "the same, one layer of Llama-3.1-8B"
+    ),
+    "e2e1_vs_base": Ratio(
+        "end to end, batch 1", "calibrated", "base", "time to select and answer 32 tokens, by the base's to answer"
+    ),
+    "e2e16_vs_base": Ratio("end to end, batch 16", "calibrated", "base", "the same, 16 unrelated rows"),
+    "e2e16_related_vs_base": Ratio(
+        "end to end, batch 16", "calibrated, related", "base", "the same, 16 rows of four tasks"
+    ),
+    "read_once_vs_prefill": Ratio(
+        "read once", "once", "prefill", "time to the first token, adapters on the last four tokens"
+    ),
+    "read_once_long_vs_prefill": Ratio("read once", "long, once", "long prefill", "the same, 550 tokens"),
+    "read_once_cached_vs_prefill": Ratio("read once", "cached, once", "long prefill", "the same, 500 of them cached"),
+    "read_once_cached_vs_cached_prefill": Ratio(
+        "read once", "cached, once", "cached prefill", "the same, the base's are cached, too"
+    ),
+    "e2e1_read_once_vs_base": Ratio("read once, batch 1", "once", "base", "time to select and answer, read once"),
+    "e2e16_read_once_vs_base": Ratio("read once, batch 16", "once", "base", "the same, 16 unrelated rows"),
+    "e2e16_related_read_once_vs_base": Ratio(
+        "read once, batch 16", "once, related", "base", "the same, 16 rows of four tasks"
+    ),
+    "e2e1_vs_peft": Ratio("end to end, batch 1", "PEFT", "norm", "speed of the method by PEFT's public API"),
+    "e2e1_vs_peft_all_active": Ratio(
+        "end to end, batch 1", "PEFT, all active", "norm", "PEFT with all selected adapters active at once"
+    ),
+    "e2e16_vs_peft": Ratio("end to end, batch 16", "PEFT", "norm", "16 prompts, by PEFT one after the other"),
+    "e2e16_vs_peft_one_batch": Ratio(
+        "end to end, batch 16", "PEFT, one batch", "norm", "PEFT with every mixture loaded as an adapter"
+    ),
 }
 
 
@@ -125,10 +160,10 @@ def ratios(parts: Sequence[MeasuredPart]) -> dict[str, float]:
     """The ratios of the arms that were measured."""
     arms_of = {part.name: part.arms for part in parts}
     quotients = {}
-    for name, (part, over, under) in RATIOS.items():
-        arms: Mapping[str, Timed] = arms_of.get(part, {})
-        if over in arms and under in arms:
-            quotients[name] = arms[over].seconds / arms[under].seconds
+    for name, ratio in RATIOS.items():
+        arms: Mapping[str, Timed] = arms_of.get(ratio.part, {})
+        if ratio.above in arms and ratio.below in arms:
+            quotients[name] = arms[ratio.above].seconds / arms[ratio.below].seconds
     return quotients
 
 
@@ -180,7 +215,8 @@ def _show(part: MeasuredPart) -> None:
 def _show_ratios(plan: Plan, parts: Sequence[MeasuredPart]) -> None:
     print("\nratio")
     for name, value in ratios(parts).items():
-        print(f"{name:<36}{value:.{4 if value < 0.1 else 2}f}")
+        digits = 4 if value < 0.1 else 2
+        print(f"{name:<36}{value:<8.{digits}f}{RATIOS[name].meaning}")
     where = f"{_hardware(plan.device)}, {torch.get_num_threads()} threads · {plan.dtype}"
     print(f"medians of {plan.rounds} rounds after a warm-up · {where} · {plan.adapters} adapters, k {plan.k}")
 

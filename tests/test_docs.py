@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
 import re
 import shlex
 import subprocess
+import tokenize
 import warnings
 from pathlib import Path
 
@@ -109,6 +111,33 @@ def test_the_numbers_of_the_readme_stand_on_the_pages_that_it_links_to() -> None
             assert any(number in page for page in pages), f"{number}: {part}"
             found += 1
     assert found >= 10
+
+
+def code_lines(file: Path) -> int:
+    """How many lines of a file hold code: no blank lines, comments or docstrings."""
+    text = file.read_text()
+    documented = {
+        line
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    code = {line for token in tokens if token.type not in layout for line in range(token.start[0], token.end[0] + 1)}
+    return len(code - documented)
+
+
+def test_the_readme_says_how_many_lines_there_are() -> None:
+    source = ROOT / "src" / "logo"
+    counts = {file.relative_to(source).parts[0]: 0 for file in source.rglob("*.py")}
+    for file in source.rglob("*.py"):
+        counts[file.relative_to(source).parts[0]] += code_lines(file)
+    said = re.search(r"take ([\d,]+) lines of Python;.*make it ([\d,]+)\.", (ROOT / "README.md").read_text())
+    assert said is not None
+    core, total = (int(number.replace(",", "")) for number in said.groups())
+    assert core == pytest.approx(counts["selection"] + counts["mixing"], rel=0.1)
+    assert total == pytest.approx(sum(counts.values()), rel=0.1)
 
 
 # --- transcripts: the rules are in transcripts.py

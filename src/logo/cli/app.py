@@ -89,8 +89,10 @@ def _group(name: str, help: str, group: Group) -> App:
 
 
 _pool = _group("pool", "Inspect, prepare, list and publish pools of adapters.", _ADAPTERS)
-_eval = _group("eval", "Evaluate on datasets; compare and report results.", _MEASURE)
-_data = _group("data", "List datasets, and prepare them.", _MEASURE)
+_eval = _group(
+    "eval", "Score answers on rows (run), measure selection on your pool (study), compare, report.", _MEASURE
+)
+_data = _group("data", "List the paper's datasets, and make rows of them.", _MEASURE)
 _command: Any
 for _command in (demo.demo, generate.generate, select.select, serve.serve, verify.verify):
     app.command(_command, group=_ANSWER, help_epilogue="")

@@ -83,8 +83,14 @@ class RowOptions(EvaluationOptions):
     rows: Annotated[Path, Parameter(name=("--rows", "--data-dir"))] = Path("data")
     """Folder of main/sub/test.jsonl, or of NAME.jsonl."""
 
+    dataset: Annotated[str, in_words("all in the folder of rows", name=("--tasks", "--dataset"))] = ""
+    """Names or patterns, `a,b*`."""
+
     train_rows: Annotated[Path | None, in_words("beside test.jsonl")] = None
     """Folder of NAME.jsonl to learn from."""
+
+    result_dir: Annotated[str, Parameter(name=("--save", "--result-dir"))] = "results"
+    """Folder for result folders."""
 
     metric: Annotated[list[str] | None, in_words("of each dataset")] = None
     """em, em_multi, em_first, bleu, rouge or a plugin's; DATASET=METRIC for some (repeatable)."""
@@ -103,11 +109,11 @@ def run(
     json: bool = False,
     engine: EngineOptions = EngineOptions(),
 ) -> int:
-    """Evaluate on datasets, with one result folder for each.
+    """Answer rows and score the answers, with one result folder for each dataset.
 
     Repeat the command to continue an interrupted run; finished datasets are not answered again.
 
-    Example: logo eval run --dataset bbh.boolean_expressions --base-model Llama-3.1-8B
+    Example: logo eval run --rows data --tasks bbh.boolean_expressions --base-model Llama-3.1-8B
 
     Args:
         runner: What runs the model: this process, or vLLM.
@@ -190,8 +196,9 @@ class OfficialOptions(EvaluationOptions):
 
 
 def evaluate(*, options: OfficialOptions = OfficialOptions()) -> int:
-    """Evaluate on datasets, with the option names and defaults of the official script (`--base-model` is the same as
-    `--base_model`).
+    """The paper's script: `logo eval run` with the authors' option names and defaults.
+
+    Every option may also be written with hyphens: `--base-model` is the same as `--base_model`.
 
     Example: logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0
     """

@@ -32,7 +32,7 @@ REMARKS = {
 def train(
     *,
     rows: Path,
-    output: Annotated[Path, Parameter(name="--out")],
+    save: Annotated[Path, Parameter(name=("--save", "--out"))],
     base_model: str = "demo",
     tasks: Annotated[str, in_words("all")] = "",
     overwrite: bool = False,
@@ -45,11 +45,11 @@ def train(
     A row is `{"context": ..., "completion": ...}`, or `{"messages": [...]}` that ends with the assistant's answer. The
     same command trains the tasks that an interrupted run has not finished, and those that were added since.
 
-    Example: logo train --base-model Qwen/Qwen2.5-0.5B --rows examples/ --out pool/ --lr 1e-3 --epochs 2
+    Example: logo train --base-model Qwen/Qwen2.5-0.5B --rows examples/ --save pool/ --lr 1e-3 --epochs 2
 
     Args:
         rows: Folder of TASK.jsonl or TASK.csv.
-        output: Folder of the pool.
+        save: Folder of the pool.
         base_model: Hub id, folder or short name.
         tasks: Names or patterns of tasks, `a,b*`.
         overwrite: Replace adapters that were trained from other rows or with another config.
@@ -65,7 +65,7 @@ def train(
         trained = train_pool(
             rows,
             base_model,
-            output,
+            save,
             config,
             tasks=tasks,
             overwrite=overwrite,
@@ -75,9 +75,9 @@ def train(
             tell=bar.step,
         )
     if json:
-        print_json({"pool": str(output), **asdict(trained)})
+        print_json({"pool": str(save), **asdict(trained)})
     else:
-        _print(output, trained)
+        _print(save, trained)
     return int(bool(trained.failed))
 
 

@@ -91,7 +91,7 @@ def train(
     jobs, failed = _jobs(files, base, out, config)
     for job in jobs:
         if job.difference and not overwrite:
-            raise UsageError(f"{job.folder}: {job.difference}; name another --out, or replace it with --overwrite")
+            raise UsageError(f"{job.folder}: {job.difference}; name another --save, or replace it with --overwrite")
     done = {job.name: _with_prompts(job, config) for job in jobs if job.is_done}
     to_train = [job for job in jobs if not job.is_done]
     planned({job.name: config.length(len(job.task.learned)) for job in to_train}, len(done))
