@@ -50,7 +50,7 @@ def of_long(tokens: int) -> dict[str, Ratio]:
     part = long_name(tokens)
     return {
         f"select_{tokens}_vs_prefill": Ratio(part, "select", "prefill", f"the same, {tokens:,} tokens"),
-        f"e2e1_{tokens}_vs_base": Ratio(part, "answered", "base", f"time to select and answer them, by the base's"),
+        f"e2e1_{tokens}_vs_base": Ratio(part, "answered", "base", "time to select and answer them, by the base's"),
     }
 
 

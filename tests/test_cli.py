@@ -429,6 +429,18 @@ def test_official_names_in_files_of_the_official_command(tmp_path: Path, capsys:
     assert run_file.parent.parent.name == "demo_selection_norm_n_2_seed_0"
 
 
+def test_the_authors_names_are_other_names_of_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(f"dataset: antonym\nresult_dir: {tmp_path / 'of-file'}\nlimit: 1\nmax_new_tokens: 2\n")
+    rows = ["eval", "run", *DEMO, *ROWS[:2], "--config", str(file)]
+    said(capsys, *rows)
+    said(capsys, *rows, "--tasks", "capital", "--save", str(tmp_path / "of-line"))
+    found = {run_file.parent.relative_to(tmp_path) for run_file in tmp_path.rglob("*/run.json")}
+    assert {(path.parts[0], path.name) for path in found} == {("of-file", "antonym"), ("of-line", "capital")}
+    _, err = said(capsys, *rows, "--tasks", "capital", "--dataset", "plural", code=2)
+    assert "--tasks is given 2 times" in err
+
+
 def test_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content, code, message in (
         ("sgnal: norm", 2, 'Unknown option: "[sgnal]" from --config'),

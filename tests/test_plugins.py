@@ -307,13 +307,13 @@ def test_a_plugin_that_cannot_be_used_is_one_line(here: Path, capsys: pytest.Cap
 
 def test_a_run_with_a_plugin_can_be_repeated_from_its_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["eval", "run", "--base-model", "demo", "-k", "2", "--signal", "quiet", "--max-new-tokens", "2"]
-    asked += ["--rows", ROWS, "--dataset", "antonym", "--limit", "2", "--metric", "length"]
+    asked += ["--rows", ROWS, "--tasks", "antonym", "--limit", "2", "--metric", "length"]
     named = ["--plugin", "plug_here:quiet", "--plugin=plug_more:length"]
     assert run([*asked, *named, "--result-dir", "first"]) == 0
     [file] = here.glob("first/*/*/run.json")
     about = json.loads(file.read_text())
     assert about["command"]["plugins"] == ["plug_here:quiet", "plug_more:length"] and set(about["scores"]) >= {"length"}
-    repeated = [*python(), "-m", "logo.cli", "eval", "run", *named, "--config", str(file), "--result-dir", "again"]
+    repeated = [*python(), "-m", "logo.cli", "eval", "run", *named, "--config", str(file), "--save", "again"]
     done = subprocess.run(repeated, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     [again] = here.glob("again/*/*/run.json")

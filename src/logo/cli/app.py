@@ -111,7 +111,7 @@ ANYWHERE.add_argument("--debug", action="store_true")
 ANYWHERE.add_argument("--plugin", action="append", default=[])
 ANYWHERE.add_argument("--config", action="append", default=[], type=Path)
 # Lists in one text, of which a user may expect to give them one by one; of other options, the last value counts.
-_LISTS = ("--dataset", "--tasks", "--signals", "--methods", "--protocols", "--targets")
+_LISTS = (("--tasks", "--dataset"), ("--signals",), ("--methods",), ("--protocols",), ("--targets",))
 HARNESS = ["eval", "lm-eval"]  # whose arguments are another program's
 
 
@@ -144,9 +144,10 @@ def run(argv: Sequence[str]) -> int:
 def _check_lists(words: Sequence[str]) -> None:
     """Raises UsageError if an option that takes several values with commas is given several times."""
     flags = [word.partition("=")[0] for word in words]
-    for name in _LISTS:
-        if flags.count(name) > 1:
-            raise UsageError(f"{name} is given {flags.count(name)} times: separate several values with commas")
+    for names in _LISTS:
+        given = [flag for flag in flags if flag in names]
+        if len(given) > 1:
+            raise UsageError(f"{given[0]} is given {len(given)} times: separate several values with commas")
 
 
 def _called(tokens: Sequence[str], config_files: Sequence[Path]) -> int:
