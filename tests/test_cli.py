@@ -439,6 +439,10 @@ def test_the_authors_names_are_other_names_of_options(tmp_path: Path, capsys: py
     assert {(path.parts[0], path.name) for path in found} == {("of-file", "antonym"), ("of-line", "capital")}
     _, err = said(capsys, *rows, "--tasks", "capital", "--dataset", "plural", code=2)
     assert "--tasks is given 2 times" in err
+    file.write_text("dataset: antonym\ntasks: capital\n")
+    assert "dataset and tasks are the same option; keep one of them" in said(capsys, *rows, code=2)[1]
+    repeated = ["--method", "best-single", "--method-args", "rows=2", "--method-args", "rows=3"]
+    assert "--method-args is given 2 times" in said(capsys, *rows[:-2], *repeated, code=2)[1]
 
 
 def test_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -357,6 +357,35 @@ def test_what_was_computed_from_weights_that_changed_is_computed_again(
     assert logo.select(PROMPTS[0]).scores == same_scores(fresh.select(PROMPTS[0]).scores)
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_stream_is_of_the_weights_at_its_first_piece(merge: bool, adapters: Path) -> None:
+    model, later = tiny.model("llama"), tiny.model("llama", seed=7)
+    mixture = {"tasks/t0": 1.0}
+    logo = engine(model, adapters, merge=merge)
+    logo.generate(PROMPTS[0], adapters=mixture, max_new_tokens=8)
+    stream = logo.stream(PROMPTS[0], adapters=mixture, max_new_tokens=8)
+    model.load_state_dict(later.state_dict())
+    assert "".join(stream) == logo.generate(PROMPTS[0], adapters=mixture, max_new_tokens=8).text
+
+
+def test_options_that_a_fixed_mixture_leaves_without_effect_are_refused(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters)
+    fixed: list[Any] = [{"tasks/t0": 1.0}, {}]
+    for ask in (
+        lambda: logo.generate(PROMPTS[:2], adapters=fixed, max_new_tokens=1, k=1),
+        lambda: logo.score(PROMPTS[0], "x", fixed, k=1),
+        lambda: logo.stream(PROMPTS[0], adapters={}, prior=0.5),
+    ):
+        with pytest.raises(UsageError, match="`adapters` fixes the mixture"):
+            ask()
+    logo.generate(PROMPTS[:2], adapters=[{}, None], max_new_tokens=1, k=1)  # one of them selects
+    for evidence in ("responses", ()):
+        with pytest.raises(UsageError, match="only: expected some of responses"):
+            logo.only(evidence)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="expected finite scores, found nan for 'tasks/t0'"):
+        logo.reselect({"tasks/t0": float("nan")})
+
+
 def test_a_calibration_is_kept_for_the_weights_that_it_was_computed_from(adapters: Path, tmp_path: Path) -> None:
     """Also where a selection is chosen again, so that nobody looks at the weights before."""
     cached = {"unscorable": "skip", "cache": str(tmp_path)}

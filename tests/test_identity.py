@@ -30,7 +30,7 @@ from logo.evaluation.datasets import Dataset, find_datasets
 from logo.evaluation.results import Partial, differences
 from logo.evaluation.run import Run, answer_datasets, in_this_process
 from logo.files import Store
-from logo.identity import base_digest, tokenizer_digest, weights_digest
+from logo.identity import base_digest, sampled, tokenizer_digest, weights_digest
 from logo.rows import Row
 from logo.selection.calibration import Reading
 from logo.selection.signals import get_signal
@@ -50,7 +50,7 @@ def tiny_logo(llama: nn.Module, adapters: Path) -> LoGo:
 
 def test_sampling_is_seen_wherever_it_is_asked_for(tiny_logo: LoGo) -> None:
     """By what the engine would really generate with."""
-    for generation, sampled in (
+    for generation, samples in (
         ({"do_sample": True}, True),
         ({"do_sample": True, "temperature": 0.7}, True),
         ({"generation_config": GenerationConfig(do_sample=True)}, True),
@@ -62,10 +62,10 @@ def test_sampling_is_seen_wherever_it_is_asked_for(tiny_logo: LoGo) -> None:
     ):
         options = {name: generation[name] for name in ("do_sample", "temperature") if name in generation}
         config = call_config(tiny_logo.prompts, generation.get("generation_config"), options, 4)
-        assert bool(config.do_sample) is sampled
+        assert bool(config.do_sample) is samples
         reason = order_dependence(tiny_logo, generation)
-        assert (reason is not None) is sampled
-        assert reason is None or reason == "answers are sampled"
+        assert (reason is not None) is samples
+        assert reason is None or reason == "answers are samples"
 
 
 def words(**changes: Any) -> PreTrainedTokenizerFast:
@@ -225,6 +225,15 @@ def test_weights_in_buffers_are_in_the_digest(digest: Callable[[Any], str]) -> N
     one, other = (tiny.model("llama", vocab_size=400) for _ in range(2))
     other.get_input_embeddings().weight.data[7] += 1  # a token that was added, and trained
     assert digest(one) != digest(other)
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (128, 96), (300, 20), (7, 5)])
+def test_no_column_of_a_matrix_is_left_out_by_a_sample(shape: tuple[int, int]) -> None:
+    """As evenly spaced numbers would, which all lie in a few columns: heads may have been cut."""
+    rows, columns = shape
+    drawn = sampled(torch.arange(columns).expand(rows, columns).contiguous())
+    assert len(set(drawn.tolist())) >= min(columns, 20, len(drawn))
+    assert len(drawn) == (rows if rows >= 4 * columns else min(64, rows * columns))
 
 
 def test_weights_that_nobody_has(llama: nn.Module) -> None:

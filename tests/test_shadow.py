@@ -63,6 +63,25 @@ def test_a_quiet_server_selects_for_all_that_wait(tmp_path: Path) -> None:
     assert lines[0]["first"][0] == {"adapter": "a", "score": 2.0794, "probability": 0.8} and "prompt" not in lines[0]
 
 
+def test_prompts_may_hold_any_separator_of_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def main() -> Watched:
+        watched = Watched(tmp_path / "log", busy=False)
+        watched.shadow = Shadow(
+            watched.file,
+            is_busy=lambda: False,
+            text_of=lambda prompt: "one\u2028two\x85three",
+            count=lambda outcome: watched.outcomes.update([outcome]),
+        )
+        watched.offer(3)
+        while sum(watched.outcomes.values()) < 3:
+            await asyncio.sleep(0.01)
+        return watched
+
+    watched = asyncio.run(main())
+    assert run(["eval", "shadow", str(watched.file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 3
+
+
 def test_under_load_it_reads_a_small_share_of_what_is_answered_and_drops_the_rest(tmp_path: Path) -> None:
     async def main() -> Watched:
         watched = Watched(tmp_path / "log", busy=True)

@@ -250,7 +250,8 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
             "prefill_context_parallel_size",
         ),
     ),
-    Attributes(_MODELS, "OpenAIServingModels", ("lora_requests", "base_model_paths")),
+    Attributes(_MODELS, "OpenAIServingModels", ("lora_requests", "base_model_paths", "registry")),
+    Function("vllm.entrypoints.openai.models.serving", "OpenAIModelRegistry", "is_base_model", ("self", "model_name")),
     Attributes(("vllm.config.vllm", "vllm.config"), "VllmConfig", ("additional_config", "lora_config", "model_config")),
     Function("vllm.v1.engine.async_llm", "AsyncLLM", "collective_rpc", ("self", "method", "args"), positional=False),
     Function(

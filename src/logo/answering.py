@@ -5,6 +5,7 @@ prompts.read -> Prompt -> scores -> Selector -> Selection -> Batch -> Generation
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -369,6 +370,7 @@ class AnsweringEngine(ABC):
         check_type("mixtures", mixtures, (list, tuple), "a list of mixtures")
         with self._call() as state:
             call = self.settings.options(state.fitted, options)
+            _check_fixed(mixtures, options)
             row, gold = encoded(self.prompts, prompt, completion)
             fixed = for_each(mixtures, len(mixtures), state.fitted, call.candidates)
             selections = self._mixtures(state, [row] * len(mixtures), fixed, call, 1)
@@ -432,8 +434,7 @@ class AnsweringEngine(ABC):
         """The checked options of a call: those of its selections, and how answers are decoded."""
         decoding: dict[str, Any] = dict(options)
         selecting = {name: decoding.pop(name) for name in OPTIONS if name in decoding}
-        if isinstance(adapters, (Mapping, Selection)):
-            _check_fixed(selecting)
+        _check_fixed(adapters, selecting)
         call = self.settings.options(state.fitted, selecting)
         stop = decoding.pop("stop", ())
         stop_at_newline = decoding.pop("stop_at_newline", False)
@@ -464,8 +465,11 @@ class AnsweringEngine(ABC):
         return [mixture for mixture in mixtures.values() if mixture is not None]
 
 
-def _check_fixed(selecting: Mapping[str, Any]) -> None:
+def _check_fixed(adapters: object, selecting: Mapping[str, Any]) -> None:
     """Raises UsageError for options that would have no effect, since the mixture of all prompts is fixed."""
+    each = adapters if isinstance(adapters, (list, tuple)) else [adapters]
+    if any(entry is None for entry in each):
+        return
     for name, value in selecting.items():
         if value is not None and name != "candidates":
             raise UsageError(f"{name} selects adapters, but `adapters` fixes the mixture: leave out one of the two")
@@ -476,6 +480,10 @@ def _check_scores(scores: Any, pool: AdapterPool) -> None:
     check_type("reselect", scores, Mapping, "a selection or scores by name")
     if not scores:
         raise UsageError("reselect: expected the scores of a selection, found none; a forced selection has none")
+    for name, score in scores.items():
+        check_type(f"reselect: the score of {name!r}", score, Real, "a number")
+        if not math.isfinite(score):
+            raise UsageError(f"reselect: expected finite scores, found {score} for {name!r}")
     unknown = [repr(name) for name in scores if name not in pool]
     if unknown:
         raise PoolError(f"reselect: expected scores of adapters in the pool, found those of {listed(unknown, 5)}")

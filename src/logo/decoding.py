@@ -9,7 +9,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -369,10 +369,12 @@ class Decoder:
         continued = [(row, form) for row in rows]
         return batch.decoding.generations(self.prompts.tokenizer, continued, batch.selections, seconds)
 
-    def stream(self, batch: Batch) -> Stream:
-        """The text of the continuation of one row in pieces, up to a stop text, while another thread generates it."""
+    def stream(self, batch: Batch, begin: Callable[[], object]) -> Stream:
+        """The text of the continuation of one row in pieces, up to a stop text, while another thread generates it,
+        which calls `begin` first."""
 
         def generate(streamer: BaseStreamer, left: StoppingCriteria) -> None:
+            begin()
             self._continue(batch, left, streamer=streamer)
 
         text = Text(self.prompts.tokenizer, batch.decoding.stop)

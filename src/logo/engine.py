@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -21,12 +21,13 @@ from logo.adapters.sources import OnBadAdapter
 from logo.answering import AnsweringEngine
 from logo.core import Options, Prompt
 from logo.decoding import (
+    Batch,
     Decoder,
     Decoding,
     batches_by_length,
     reads_prompts,
 )
-from logo.errors import PoolError, check_choice, check_type, listed
+from logo.errors import PoolError, UsageError, check_choice, check_type, listed
 from logo.mixing.cache import AdapterCache, bytes_of
 from logo.mixing.mixer import Mixer, Mixture
 from logo.models import WeightWatch, check_mode, context_length, devices, droppers, lock_of, without_autocast
@@ -42,6 +43,7 @@ from logo.selection.index import Tell
 from logo.selection.scorer import Scorer
 from logo.selection.settings import ProbeContext, SelectionSettings, check_context
 from logo.state import EngineState
+from logo.streams import Stream
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -129,9 +131,8 @@ class LoGo(AnsweringEngine):
         self.prefix_cache = PrefixCache(model, prefix_cache_bytes) if reusable(model) else None
         # Some recurrent models read padding; with long-rope, the longest row of a batch sets the angles of all.
         self._alike = not reusable(model)
-        decoder = Decoder(model, self.prompts, self._mixer, self.prefix_cache)
-        self._decode = decoder
-        self._stream = decoder.stream
+        self._decoder = Decoder(model, self.prompts, self._mixer, self.prefix_cache)
+        self._decode = self._decoder
         self._scored = partial(score_pairs, model, self.prompts, self._mixer)
 
         with self._turns.lock:
@@ -192,6 +193,8 @@ class LoGo(AnsweringEngine):
     def only(self, evidence: Collection[Kind]) -> LoGo:
         """An engine on the same model and pool that selects by some kinds of evidence alone, for studies:
         `"responses"`, `"examples"`, `"encoder"`. Its first selection raises UsageError for a kind that is lacking."""
+        if isinstance(evidence, str) or not evidence:
+            raise UsageError(f"only: expected some of {', '.join(get_args(Kind))}, found {evidence!r}")
         engine = copy.copy(self)
         engine._evidence = tuple(evidence)
         state = self._current()
@@ -298,6 +301,10 @@ class LoGo(AnsweringEngine):
             return state
         weights = self._weights.stamp()
         return state if weights == state.weights else self._put(state.with_weights(weights))
+
+    def _stream(self, batch: Batch) -> Stream:
+        # Weights may have changed by the time at which the first piece is read.
+        return self._decoder.stream(batch, lambda: self._with_present_weights(self._current()))
 
     def _put(self, state: EngineState) -> EngineState:
         """Puts another state in the place of the present one, and drops what is cached of other weights than its own.

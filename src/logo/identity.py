@@ -29,6 +29,7 @@ _LAST_CALL = ("padding", "truncation")  # of a tokenizer
 # Weights of each parameter, in the digest of weights and in that of calibrations.
 _SAMPLE = 16
 _CALIBRATED = 64
+_GOLDEN = 0.6180339887498949  # whose multiples, without their whole parts, lie nowhere close together
 _TEXT = "  It's 1,234 km  to Zürich\n\tand\u00a0back: e\u0301 \U0001f600"  # a text that tokenizers split differently
 
 _SETTLED = 2e9  # ns after which a further change of a file gets another stamp on every file system
@@ -167,11 +168,18 @@ def base_digest(model: nn.Module) -> str:
 
 
 def sampled(tensor: Tensor, count: int = _CALIBRATED) -> Tensor:
-    """`count` numbers of a tensor, evenly spaced, float32 on the CPU; of a tall matrix, such as embeddings, one of each
-    row, since training may change a few rows."""
+    """`count` numbers of a tensor, float32 on the CPU; of a tall matrix, such as embeddings, one of each row, since
+    training may change a few rows.
+
+    Each is drawn from a part of its own, at a place that differs from part to part: evenly spaced ones might all lie in
+    one column.
+    """
     import torch
 
     flat = tensor.detach().reshape(-1)
     if tensor.ndim == 2 and len(tensor) >= 4 * tensor.shape[1]:
         count = len(tensor)
-    return flat[:: max(1, len(flat) // count)][:count].to("cpu", torch.float32)
+    count = min(count, len(flat))
+    parts = torch.arange(count, dtype=torch.float64)
+    places = ((parts + (parts * _GOLDEN) % 1) * (len(flat) / max(1, count))).long()
+    return flat[places.clamp(max=len(flat) - 1).to(flat.device)].to("cpu", torch.float32)

@@ -212,7 +212,9 @@ def test_infinite_logits_are_marked_as_others_that_are_not_finite() -> None:
     assert (logits[0] == 0).all() and logits[1].isnan().all()
 
 
-def test_slots_are_free_only_after_vllm_has_heard_that_a_client_left() -> None:
+@pytest.mark.parametrize("leaves", [True, False])
+def test_slots_are_free_once_vllm_has_ended(leaves: bool) -> None:
+    """Also where it ends because the client has left, and where the client stays but does not read."""
     from vllm import SamplingParams
 
     from logo.vllm.requests import Mix
@@ -225,7 +227,8 @@ def test_slots_are_free_only_after_vllm_has_heard_that_a_client_left() -> None:
 
         async def generate(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
             try:
-                while True:
+                for _ in range(1_000_000 if leaves else 3):
+                    await asyncio.sleep(0)
                     yield SimpleNamespace(outputs=[], metrics=None, finished=False)
             finally:
                 await asyncio.sleep(0)
@@ -238,13 +241,18 @@ def test_slots_are_free_only_after_vllm_has_heard_that_a_client_left() -> None:
         finally:
             heard.append("slots")
 
-    async def leave() -> None:
+    async def ask() -> None:
         engine: Any = SimpleNamespace(held=held)
         outputs = Mixing(Client(), engine, [Mix(())]).generate({"prompt_token_ids": [1]}, SamplingParams(), "r")
         await anext(outputs)
-        await outputs.aclose()
+        if leaves:
+            await outputs.aclose()
+        else:
+            while len(heard) < 2:  # it does not read
+                await asyncio.sleep(0.01)
+            assert len([output async for output in outputs]) == 2
 
-    asyncio.run(leave())
+    asyncio.run(ask())
     assert heard == ["vLLM", "slots"]
 
 

@@ -44,8 +44,8 @@ def test_its_start_line_serves_the_modules_of_the_line_before(
 ) -> None:
     before, after = lines_of_the_page()
     assert set(before) < set(after)
-    env = environment(None) | {"VLLM_PLUGINS": "logo"}
-    server = serve(*with_stand_ins(after), "--max-model-len", "256", env=env)
+    env = environment(None) | {"VLLM_PLUGINS": "logo", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    server = serve(*with_stand_ins(after), "--max-model-len", "256", "--max-loras", "1", env=env)
     listed = {model["id"] for model in server.ask("/v1/models")[1]["data"]}
     assert {"logo", "base", *STAND_INS} <= listed
     prompt = rows[0]
@@ -54,3 +54,12 @@ def test_its_start_line_serves_the_modules_of_the_line_before(
         [choice] = answered(server, name, prompt)["choices"]
         assert choice["text"].rstrip() == expected.text.rstrip()
     assert set(answered(server, "logo", prompt)["logo"]["adapters"]) <= STAND_INS.keys()
+    for name in ("logo", "base", *STAND_INS):
+        assert server.ask("/tokenize", {"model": name, "prompt": prompt})[0] == 200, name
+    assert server.ask("/tokenize", {"model": "nobody", "prompt": prompt})[0] == 404
+    # A pool grows beyond the slots, of which each prompt then has its one.
+    more = {"lora_name": "more", "lora_path": str(ASSETS / "adapters" / "french")}
+    assert server.ask("/v1/load_lora_adapter", more)[0] == 200
+    expected = logo.generate(prompt, adapters={"french": 1.0}, max_new_tokens=8)
+    assert answered(server, "more", prompt)["choices"][0]["text"].rstrip() == expected.text.rstrip()
+    assert len(answered(server, "logo", prompt)["logo"]["adapters"]) == 1

@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -84,7 +85,8 @@ class Shadow:
             else:
                 self._waiting.append(_Named(prompt, mixture, select, datetime.now(timezone.utc)))
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._work())
+            # In a context of its own, so that lines of the log do not have the identity of this request.
+            self._task = Context().run(asyncio.create_task, self._work())
 
     async def close(self) -> None:
         """Ends; what waits is dropped."""

@@ -111,7 +111,15 @@ ANYWHERE.add_argument("--debug", action="store_true")
 ANYWHERE.add_argument("--plugin", action="append", default=[])
 ANYWHERE.add_argument("--config", action="append", default=[], type=Path)
 # Lists in one text, of which a user may expect to give them one by one; of other options, the last value counts.
-_LISTS = (("--tasks", "--dataset"), ("--signals",), ("--methods",), ("--protocols",), ("--targets",))
+_LISTS = (
+    ("--tasks", "--dataset"),
+    ("--signals",),
+    ("--methods",),
+    ("--protocols",),
+    ("--targets",),
+    ("--method-args",),
+    ("--engine-args",),
+)
 HARNESS = ["eval", "lm-eval"]  # whose arguments are another program's
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def options_in(file: Path, names: Sequence[str], command: App) -> Dict:
     options = {name: value for name, value in content.items() if value is not None}
     if isinstance(record, dict):
         options.pop("overwrite", None)  # the permission to replace results was for that one command
-    options = _with_long_names(file, options, command)
+    options = _by_first_name(file, options, command)
     for name in reversed(names):  # below its command, an option may be called as another command is
         options = {name: options}
     return Dict(options, source=f"--config {file}")
@@ -62,19 +61,23 @@ def _check_command(file: Path, record: dict[str, Any], names: Sequence[str]) -> 
             raise UsageError(f"--config {file}: its run used the plugin {plugin}; add --plugin {plugin}")
 
 
-def _with_long_names(file: Path, options: dict[str, Any], command: App) -> dict[str, Any]:
-    """The options with the long names of those that are named as on the command line, `k: 2` for `-k 2`."""
+def _in_file(name: str) -> str:
+    """The name of an option as files have it."""
+    return name.lstrip("-").replace("-", "_")
+
+
+def _by_first_name(file: Path, options: dict[str, Any], command: App) -> dict[str, Any]:
+    """The options by the first of their names, `n_selected_modules: 2` for `k: 2`."""
     if command.default_command is None:  # a group of commands
         return options
-    long_names: dict[str, str] = {}
+    first_names: dict[str, str] = {}
     for argument in command.assemble_argument_collection():
         for name in argument.names:
-            if re.fullmatch("-[a-zA-Z]", name):
-                long_names[name.removeprefix("-")] = argument.name.removeprefix("--").replace("-", "_")
-    named: dict[str, str] = {}  # long name -> the one in the file
+            first_names[_in_file(name)] = _in_file(argument.name)
+    named: dict[str, str] = {}  # first name -> the one in the file
     for name in map(str, options):
-        long_name = long_names.get(name, name.replace("-", "_"))
-        if long_name in named:
-            raise UsageError(f"--config {file}: {named[long_name]} and {name} are the same option; keep one of them")
-        named[long_name] = name
+        first_name = first_names.get(_in_file(name), _in_file(name))
+        if first_name in named:
+            raise UsageError(f"--config {file}: {named[first_name]} and {name} are the same option; keep one of them")
+        named[first_name] = name
     return dict(zip(named, options.values(), strict=True))

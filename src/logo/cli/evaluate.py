@@ -185,7 +185,7 @@ class OfficialOptions(EvaluationOptions):
     save_dir: Annotated[str, in_words("none")] = ""
     """Accepted, as by the script, and not used."""
 
-    adapters: Annotated[str | None, in_words("the base model's own")] = None
+    adapters: Annotated[list[str] | None, in_words("the base model's own")] = None
     """Folder, Hub repo or manifest of adapters; several with commas."""
 
     probe_context: Annotated[Context | None, in_words("base; with the preset: carry")] = None
@@ -215,7 +215,7 @@ def evaluate(*, options: OfficialOptions = OfficialOptions()) -> int:
         engine["probe_context"] = options.probe_context
     opening = Opening(
         options.base_model,
-        options.adapters,
+        None if options.adapters is None else ",".join(options.adapters),
         engine,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,

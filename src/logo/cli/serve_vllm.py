@@ -35,6 +35,9 @@ LORA_UPDATES = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 # Tokens of a block of keys and values. Prompts share whole blocks only; vLLM's own size on CPUs is 128.
 _CPU_BLOCK = 32
 
+# vLLM's flags of how its server listens, where Ray Serve listens instead.
+LISTENING = {"--port", "--uds", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--ssl-cert-reqs"}
+
 # Options that vLLM's server does not have, and what to use instead.
 INSTEAD = {
     "device": "set CUDA_VISIBLE_DEVICES, or use `-- --tensor-parallel-size N`",
@@ -122,6 +125,12 @@ def _refuse(options: EngineOptions, server: ServerOptions, given: Sequence[str])
         )
     if "--host" in flags:
         raise UsageError("--host after `--` would not be known to LoGo, which guards the address: give it before `--`")
+    unheard = sorted(flags & LISTENING)
+    if unheard and server.replicas is not None:
+        raise UsageError(
+            f"{unheard[0]} after `--` is not for --replicas, for which Ray Serve listens: give --port before `--`, and "
+            "put a TLS proxy in front"
+        )
     if flags & {"--api-server-count", "-asc"}:
         raise UsageError(
             "--api-server-count is only read by `vllm serve`: start that with the flags and the environment that "

@@ -48,7 +48,7 @@ class Facts:
     Attributes:
         identity: what answers depend on beside the rows: base model, pool, settings, method, generation.
         environment: what they were made on, and agree up to rounding: versions of libraries, the kind of device.
-        settings: the settings as they were used; `signal`: the one that scores.
+        settings: the settings as they were used; `signal`: the one that scores, or the method that does instead.
         order: why an answer depends on the rows before it, in words; None if it does not.
         device: in words.
     """
@@ -102,7 +102,7 @@ class Answerer:
             identity=identity,
             environment={**library_versions(), **logo.versions, "device": devices},
             settings=settings,
-            signal=logo.settings.signal,
+            signal=logo.settings.signal if self.method is None else self.method.name,
             order=order_dependence(logo, self.generation),
             device=f"{logo.devices[0]} ({devices})",
         )

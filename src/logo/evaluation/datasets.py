@@ -266,7 +266,11 @@ def _content(root: Path) -> str:
 def _missing(request: str, there: Collection[str]) -> list[str]:
     """The official names that a request's patterns mean and that are not there; none if no official name is there."""
     patterns = [pattern.strip() for pattern in request.split(",") if pattern.strip()] or ["*"]
-    meant = [name for name in OFFICIAL if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    meant = [
+        name
+        for name in OFFICIAL
+        if any(fnmatchcase(name, pattern) or name.partition(".")[0] == pattern for pattern in patterns)
+    ]
     return [name for name in meant if name not in there] if any(name in there for name in meant) else []
 
 

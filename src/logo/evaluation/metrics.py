@@ -179,6 +179,8 @@ def register_metric(name: str, *, scale: Scale = "graded") -> Callable[[_F], _F]
         UsageError: the name is taken, or there is no such scale.
     """
     check_choice(f"metric {name!r}: scale", scale, Scale)
+    if name == "extra":
+        raise UsageError("metric 'extra': results have something else under this name; choose another one")
 
     def add(function: _F) -> _F:
         METRICS.add(name, Metric(function, scale), function)

@@ -61,7 +61,7 @@ def read_log(files: Sequence[Path]) -> list[ShadowRow]:
     rows = []
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")  # prompts may hold other separators of lines
         except OSError as error:
             raise StorageError(f"{file}: cannot be read ({error.strerror}); name a file of `--shadow`") from error
         for number, line in enumerate(lines, 1):
@@ -147,7 +147,8 @@ def _threshold(rows: Sequence[ShadowRow]) -> dict[str, Any] | None:
     confidence = np.array([row.confidence for row in known])
     to_base = np.array([row.named == "" for row in known])
     agrees = np.array([row.agrees for row in known])
-    candidates = np.unique(np.round([0.0, *confidence + 0.005], 2))
+    just_above = np.minimum(np.floor(100 * confidence + 1e-9) + 1, 100) / 100  # in steps of a hundredth
+    candidates = np.unique([0.0, *just_above])
     right = [int(np.where(confidence < at, to_base, agrees).sum()) for at in candidates]
     best = float(candidates[int(np.argmax(right))])
     below = confidence < best

@@ -60,6 +60,8 @@ class Choosing:
                 self._metrics.observe_selection(outcome.confidence, 0.0)
             elif isinstance(outcome, Chosen):
                 self._metrics.observe_selection(outcome.selection.confidence, outcome.probe_ms / 1e3)
+                if outcome.selection.scores:  # else the request has named the adapters
+                    self._selecting.selected.update(outcome.selection.adapters)
             else:
                 continue
             text = self.text_of(prompt) if self._log_prompts else None

@@ -58,7 +58,7 @@ class Selecting:
     Attributes:
         adapters: cards of the adapters by name, replaced as a whole.
         signals: those that requests may ask for, the engine's own first.
-        selected: the number of selections that each adapter was in.
+        selected: the number of selections that each adapter was in, which whoever asks for them counts.
     """
 
     def __init__(
@@ -136,7 +136,6 @@ class Selecting:
                     chosen = Chosen(self._named(waiting.request, options), 0.0, queue_ms)
                 else:
                     chosen = Chosen(selection, probe_ms, queue_ms)
-                    self.selected.update(selection.adapters)
                 waiting.future.set_result(waiting.then(chosen, waiting.prompt))
 
     def _named(self, request: MixtureRequest, options: Options) -> Selection:

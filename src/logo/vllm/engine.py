@@ -118,9 +118,11 @@ class Engine:
         self._max_model_len = model.max_model_len
         self._store = Store(cache_folder(options.settings.cache))  # of what a text encoder has read
         self.served = Served(pool_of(options, self.skeleton), {})
-        if options.settings.k is None and options.settings.k_of(self.served.pool) > lora.max_loras:
-            log.info("LoGo: at most %d adapters answer a prompt, as many as --max-loras", lora.max_loras)
-            self.options = replace(options, settings=replace(options.settings, k=lora.max_loras))
+        if options.settings.k is None:  # then as many as there are slots, also when the pool grows
+            if options.settings.k_of(self.served.pool) > lora.max_loras:
+                log.info("LoGo: at most %d adapters answer a prompt, as many as --max-loras", lora.max_loras)
+            k = min(self.served.pool.default_k, lora.max_loras)
+            self.options = replace(options, settings=replace(options.settings, k=k))
         self.slots = Slots(lora.max_loras, lambda into: self.call("load", into))
         self.answers = 0
         self._changing = asyncio.Lock()

@@ -72,7 +72,8 @@ class Routes:
             posted |= {"/v1/load_lora_adapter": _load, "/v1/unload_lora_adapter": _unload}
         if options is not None:  # vLLM asks for keys on some paths, but neither for the host nor for the origin
             keys = tuple(key for key in app.state.args.api_key or [envs.VLLM_API_KEY] if key)
-            guards = GuardSettings(options.host, keys, MAX_BODY, options.hosts, options.origins)
+            host = options.host or app.state.args.host or ""
+            guards = GuardSettings(host, keys, MAX_BODY, options.hosts, options.origins)
             app.add_middleware(Ours, paths=tuple(posted))
             app.add_middleware(Admission, settings=guards, opened=_OPEN)
             if options.log != "text":

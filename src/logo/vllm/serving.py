@@ -27,7 +27,7 @@ from logo.adapters.pool import AdapterPool
 from logo.api import bodies
 from logo.api.errors import ApiError, failed, plain
 from logo.api.logs import LOGGED_TOKENS, selection_entry
-from logo.api.names import Models, check_pool
+from logo.api.names import AUTO, Models, check_pool
 from logo.api.replies import Chosen, adapter_card
 from logo.api.shadow import Shadow
 from logo.core import Options, Prompt, Selection
@@ -92,14 +92,30 @@ class Mixing:
         if params.num_logprobs is None and not self._marks_all(params):
             params = copy.copy(params)
             params.logprobs = 0  # those of the drawn tokens alone, which `_check_finite` looks at
-        async with self._engine.held([mix]) as [lora]:
-            kwargs["lora_request"] = lora
-            # vLLM has to hear that a client has left before others get its slots, where it would go on to compute.
-            async with aclosing(self._client.generate(prompt, params, request_id, *args, **kwargs)) as outputs:
-                async for output in outputs:
-                    _check_finite(output)
-                    self._count(number, output, params.output_kind)
-                    yield output
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+
+        async def answered() -> None:
+            """Puts the outputs into the queue as they come, so that a client that does not read keeps no slots."""
+            try:
+                async with self._engine.held([mix]) as [lora]:
+                    kwargs["lora_request"] = lora
+                    # vLLM has to hear that a client has left before others get its slots, where it would go on.
+                    async with aclosing(self._client.generate(prompt, params, request_id, *args, **kwargs)) as given:
+                        async for output in given:
+                            _check_finite(output)
+                            outputs.put_nowait(output)
+            finally:
+                outputs.put_nowait(None)
+
+        task = asyncio.create_task(answered())
+        try:
+            while (output := await outputs.get()) is not None:
+                self._count(number, output, params.output_kind)
+                yield output
+            await task  # raises its error
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
         self.ended.add(number)
 
     def _count(self, number: int, output: Any, kind: RequestOutputKind) -> None:
@@ -176,7 +192,14 @@ class Logo:
         seconds = time.perf_counter() - started
         signal = engine.options.settings.signal
         log.info("LoGo: %d adapters, signal %s, ready in %.1f s", len(engine.served.pool), signal, seconds)
-        return cls(engine, names)
+        logo = cls(engine, names)
+        # vLLM's routes that only read a text know the base model alone; all other names are the same to them.
+        models.registry.is_base_model = logo.is_served
+        return logo
+
+    def is_served(self, name: str) -> bool:
+        """Whether requests may give this name of one model."""
+        return name in (*self.bases, AUTO) or name in self.pool.names
 
     @property
     def pool(self) -> AdapterPool:
