@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from logo.vllm.patches import PATCHES
 
-KNOWN = ("0.32", "0.33")
+KNOWN = ("0.32", "0.33", "0.34")
 """Versions of vLLM that were looked at."""
 
 
@@ -44,11 +44,13 @@ class Attributes:
         modules: where the class is: in the first of these modules that exists.
         owner: the class.
         names: of the attributes.
+        before: the first version of vLLM with which LoGo does without them; empty: there is none.
     """
 
     modules: tuple[str, ...]
     owner: str
     names: tuple[str, ...]
+    before: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,9 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     Attributes(
         ("vllm.v1.core.sched.output",),
         "CachedRequestData",
-        ("req_ids", "num_computed_tokens", "new_block_ids", "resumed_req_ids"),
+        ("req_ids", "num_computed_tokens", "new_block_ids"),
     ),
+    Attributes(("vllm.v1.core.sched.output",), "CachedRequestData", ("resumed_req_ids",), before="0.34"),
     Attributes(
         ("vllm.v1.core.sched.output",),
         "SchedulerOutput",
@@ -180,7 +183,12 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     # Blocks of keys and values that are cleared, and answers from NaN that are marked.
     Attributes(("vllm.v1.kv_cache_interface",), "KVCacheConfig", ("kv_cache_groups", "needs_kv_cache_zeroing")),
     Attributes(("vllm.v1.kv_cache_interface",), "KVCacheSpec", ("block_size", "dcp_sharded")),
-    Attributes(("vllm.v1.worker.gpu_model_runner",), "GPUModelRunner", ("_init_kv_zero_meta", "kv_cache_config")),
+    Attributes(
+        ("vllm.v1.worker.gpu_model_runner",),
+        "GPUModelRunner",
+        ("_init_kv_zero_meta", "kv_cache_config"),
+        before="0.34",
+    ),
     Attributes(
         ("vllm.v1.worker.gpu.model_runner",),
         "GPUModelRunner",

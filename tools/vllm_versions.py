@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from packaging.version import Version
 from vllm_needs import HOOKS, KNOWN, RELIED, Attributes, Call, Flags, Function
 
 Need = Function | Attributes | Call | Flags
@@ -221,7 +222,7 @@ def table(sources: dict[str, Sources], listed: Sequence[tuple[str, Need]]) -> tu
     lines = [f"{'':11}  {'  '.join(version.rjust(6) for version in versions)}  what"]
     different = []
     for kind, need in listed:
-        missing = [sources[version].missing(need) for version in versions]
+        missing = [None if without(need, version) else sources[version].missing(need) for version in versions]
         cells = "  ".join(("ok" if reason is None else "-").rjust(6) for reason in missing)
         lines.append(f"{kind:11}  {cells}  {title(need)}")
         different += [
@@ -230,6 +231,12 @@ def table(sources: dict[str, Sources], listed: Sequence[tuple[str, Need]]) -> tu
             if reason is not None
         ]
     return lines, different
+
+
+def without(need: Need, version: str) -> bool:
+    """Whether LoGo does without a need in a version of vLLM."""
+    before = need.before if isinstance(need, Attributes) else ""
+    return bool(before) and Version(version) >= Version(before)
 
 
 def main(folder: Path) -> int:

@@ -62,9 +62,10 @@ def new_blocks(scheduled: Any, sizes: Sequence[int]) -> list[int]:
     for request in scheduled.scheduled_new_reqs:
         numbers += _behind(request.num_computed_tokens, request.block_ids, sizes)
     running = scheduled.scheduled_cached_reqs
+    resumed = getattr(running, "resumed_req_ids", ())  # from 0.34 on, those that were put back are new requests
     for name, computed, blocks in zip(running.req_ids, running.num_computed_tokens, running.new_block_ids, strict=True):
         if blocks is not None:
-            whole = name in running.resumed_req_ids  # one that was put back: all of its blocks are named
+            whole = name in resumed  # all of its blocks are named
             numbers += _behind(computed if whole else 0, blocks, sizes)
     return numbers
 
