@@ -277,6 +277,9 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
             *("dtype", "kv_cache_memory_bytes", "served_model_name", "additional_config", "worker_extension_cls"),
         ),
     ),
+    # A replica's app.
+    Function("vllm.entrypoints.cli.serve", "", "make_arg_parser", ("parser",)),
+    Function("vllm.entrypoints.cli.serve", "", "validate_parsed_serve_args", ("args",)),
     Flags(_FRONT, "FrontendArgs", ("host", "port", "allowed_origins", "chat_template")),
 )
 """What is called, replaced or read besides."""

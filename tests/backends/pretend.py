@@ -82,6 +82,15 @@ def forks() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
+def nodes() -> None:
+    """Has the engines of data parallelism share a machine's memory, of which each needs a part of its own since 0.33."""
+    from vllm.v1.worker import cpu_worker
+
+    visible = cpu_worker.get_visible_memory_node
+    cpu_worker.get_visible_memory_node = lambda *assigned: visible()
+
+
 if __name__ == "__main__":
     forks()
+    nodes()
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)

@@ -80,7 +80,7 @@ class ReplicaPlan:
 async def vllm_app(flags: Sequence[str]) -> Starlette:
     """vLLM's app, with its engine in this process and its children; `flags` are those of vLLM's server, whose host and
     port are not used. The app's state has vLLM's `engine_client`, and LoGo's `logo`."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.cli.serve import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.openai.api_server import build_app, build_async_engine_client, init_app_state
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
