@@ -5,8 +5,8 @@
     .venv-vllm/bin/pip install --target overlay orjson      # what 0.33 needs and 0.32 does not
     PYTHONPATH=$PWD/overlay make test-vllm
 
-`make check-vllm-versions` downloads such wheels. Versions fit together whose kernels are called alike, such as 0.33 with
-those of 0.32; from 0.34 on, vLLM runs on a CPU only with a Triton that compiles for it.
+`make check-vllm-versions` downloads such wheels. Versions fit together whose kernels are called alike, such as 0.33
+with those of 0.32; from 0.34 on, vLLM runs on a CPU only with a Triton that compiles for it.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from packaging.version import Version
+
 from vllm_needs import HOOKS, KNOWN, RELIED, Attributes, Call, Flags, Function
 
 Need = Function | Attributes | Call | Flags

@@ -83,7 +83,7 @@ def forks() -> None:
 
 
 def nodes() -> None:
-    """Has the engines of data parallelism share a machine's memory, of which each needs a part of its own since 0.33."""
+    """Has the engines of data parallelism share a machine's memory, of which each needs a part since 0.33."""
     from vllm.v1.worker import cpu_worker
 
     visible = cpu_worker.get_visible_memory_node
