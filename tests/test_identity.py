@@ -65,7 +65,7 @@ def test_sampling_is_seen_wherever_it_is_asked_for(tiny_logo: LoGo) -> None:
         assert bool(config.do_sample) is samples
         reason = order_dependence(tiny_logo, generation)
         assert (reason is not None) is samples
-        assert reason is None or reason == "answers are samples"
+        assert reason is None or reason == "answers are sampled"
 
 
 def words(**changes: Any) -> PreTrainedTokenizerFast:

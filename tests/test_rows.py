@@ -265,7 +265,7 @@ def test_the_metric_is_the_one_asked_for_or_declared_or_the_names(tmp_path: Path
     (tmp_path / "mine/x/test.yaml").write_text("metric: rouge\n")
 
     def metrics(**options: Any) -> list[str]:
-        return [one.metric for one in find_datasets(tmp_path, "nq,wmt14,mine", **options)]
+        return [one.metric for one in find_datasets(tmp_path, "nq,wmt14.fr-en,mine", **options)]
 
     assert metrics() == ["em_multi", "bleu", "rouge"]
     assert metrics(official=True) == ["em_first", "bleu", "rouge"]

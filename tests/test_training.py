@@ -624,7 +624,7 @@ def test_an_adapter_of_something_else_is_refused(
         assert contents(copied) == before
         return capsys.readouterr().err.splitlines()[-1]
 
-    end = "; name another --out, or replace it with --overwrite"
+    end = "; name another --save, or replace it with --overwrite"
     line = refused("--lr", "0.001")
     assert line == f"logo: error: {copied / 'a'}: was trained with lr 0.005, and 0.001 is asked for{end}"
     assert f"{copied / 'b'}: was trained with r 2, and 3 is asked for" in refused("--r", "3", "--tasks", "b")
