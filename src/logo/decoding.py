@@ -41,7 +41,7 @@ from logo.endings import (
 )
 from logo.errors import LoGoError, NotFinite, UsageError, check_type, closest, listed
 from logo.mixing.mixer import PASS, Mixer, Mixture
-from logo.models import input_device, lock_of, padded, without_autocast
+from logo.models import device_of, lock_of, padded, without_autocast
 from logo.prefix_cache import PrefixCache, cache_argument
 from logo.prompts import Prompts
 from logo.streams import BackgroundAnswer, Stream
@@ -388,7 +388,7 @@ class Decoder:
         config = copy.copy(batch.decoding.config)
         config.stop_strings = None  # the rules contain them
         config.disable_compile = True  # what is compiled does not see gates that are hooked in later
-        ids, mask = padded(batch.rows, input_device(self.model), left=True)
+        ids, mask = padded(batch.rows, device_of(self.model.get_input_embeddings()), left=True)
         rules = batch.decoding.rules(self.prompts.tokenizer)
         if rules:
             criteria = (*criteria, EndRows(rules, ids.shape[1]))

@@ -365,11 +365,6 @@ def devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
     return tuple(sorted(computing - {torch.device("meta")}, key=str))
 
 
-def input_device(model: Any) -> torch.device:
-    """The device of a model's input."""
-    return device_of(model.get_input_embeddings())
-
-
 def device_of(module: nn.Module) -> torch.device:
     """The device on which a module computes; under accelerate's offloading its weights are elsewhere."""
     import torch
@@ -408,7 +403,7 @@ def without_autocast(model: Any) -> Callable[[], AbstractContextManager[Any]]:
     and cached keys and values, and the scores that are compared with it, have to have the model's own precision."""
     import torch
 
-    kind = input_device(model).type
+    kind = device_of(model.get_input_embeddings()).type
     return partial(torch.autocast, kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext
 
 

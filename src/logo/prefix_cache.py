@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from logo.models import PassEnded, input_device, text_config
+from logo.models import PassEnded, device_of, text_config
 
 # Tokens of a whole page. Prompts share whole pages, so up to so many tokens of a common beginning are read again.
 PAGE = 16
@@ -118,7 +118,7 @@ class PrefixCache:
             cached = list(map(self.find, rows, ends))
             counts = list(map(_count, cached))
             ids, mask = _behind(rows, counts)
-            device = input_device(self.model)
+            device = device_of(self.model.get_input_embeddings())
             cache = laid_out(cached, counts) if any(counts) else DynamicCache()
             options: dict[str, Any] = {}
             if self._positions:

@@ -17,7 +17,7 @@ from logo.core import Prompt
 from logo.decoding import batches_by_length
 from logo.errors import ModelError, UsageError, check_type
 from logo.mixing.mixer import Mixer, Mixture
-from logo.models import input_device, padded
+from logo.models import device_of, padded
 from logo.prefix_cache import reusable
 from logo.prompts import Prompts, answer_ids, given_answer
 
@@ -161,7 +161,7 @@ def score_pairs(
         if half and len(batch) * len(needed) * len(prompts.tokenizer) > MAX_LOGITS:
             batches[:0] = [numbers[:half], numbers[half:]]
             continue
-        ids, mask = padded([row.ids for row in batch], input_device(model))
+        ids, mask = padded([row.ids for row in batch], device_of(model.get_input_embeddings()))
         with mixer.active(pool, [Mixture.of(pool, row.mixture, row.prompt) for row in batch], ids.shape[1]):
             logits = logits_at(model, ids, needed, mask)
         for row, row_logits in zip(batch, logits, strict=True):

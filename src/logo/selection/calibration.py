@@ -32,7 +32,7 @@ from logo.adapters.layout import linear_shape
 from logo.errors import ModelError, NotFinite
 from logo.files import Store
 from logo.identity import base_digest
-from logo.models import input_device, padded, tensor_of
+from logo.models import device_of, padded, tensor_of
 from logo.selection.index import IndexRequest, ScoringIndex, read_indices
 from logo.selection.plan import Plan
 from logo.selection.points import Point
@@ -307,7 +307,7 @@ def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: 
 
 def _read_batch(probe: Probe, rows: Sequence[Sequence[int]], signal: Signal) -> list[HiddenVectors]:
     """What is read of a batch of texts, whose numbers in it are the owners, at each point."""
-    device = input_device(probe.model)
+    device = device_of(probe.model.get_input_embeddings())
     ids, mask = padded(rows, device)
     width = ids.shape[1]
     picked, owners = pick(list(map(signal.begin_of_text, rows)), list(map(len, rows)), width)

@@ -16,7 +16,7 @@ from logo.adapters.activation import earliest
 from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.errors import UsageError
-from logo.models import input_device, padded
+from logo.models import device_of, padded
 from logo.prefix_cache import PrefixCache
 from logo.selection.base_reader import Background, BaseReader, ExamplesRead
 from logo.selection.calibration import Calibration, Reading
@@ -242,7 +242,7 @@ class Scorer:
     def _hidden(self, rows: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor]:
         """The hidden vectors (vectors, d) of prompts at each point, and which row each vector is of (vectors,)."""
         if self.prefix_cache is None:
-            ids, mask = padded(rows, input_device(self.probe.model))
+            ids, mask = padded(rows, device_of(self.probe.model.get_input_embeddings()))
             picked, owners = pick(list(map(self.signal.begin, rows)), list(map(len, rows)), ids.shape[1])
             return self.probe(ids, mask, picked.to(ids.device)), owners
         # Tokens on which adapters act are never cached.

@@ -30,7 +30,7 @@ from logo.decoding import OVERFLOW
 from logo.endings import EndRule, end_tokens
 from logo.errors import ModelError, NotFinite
 from logo.mixing.cache import AdapterCache
-from logo.models import input_device, padded, text_config, without_autocast
+from logo.models import device_of, padded, text_config, without_autocast
 from logo.prefix_cache import PrefixCache, cache_argument, laid_out, reusable
 from logo.serve.batched_cache import BatchedCache
 from logo.serve.memory import Memory, MemoryPlan
@@ -106,7 +106,7 @@ class Batching:
         self.plan = MemoryPlan.of(model, adapters.budget, memory)
         # The model, and what is known of it.
         self._model = model
-        self._device = input_device(model)
+        self._device = device_of(model.get_input_embeddings())
         self._cache_name = str(cache_argument(model))
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._ends = end_tokens(model.generation_config)
