@@ -293,7 +293,7 @@ def test_bad_data_and_results_leave_nothing_behind(tmp_path: Path, capsys: pytes
     for message, arguments in {
         "test.jsonl:2: expected": ["--data_dir", str(tmp_path), "--dataset", "bbh.navigate"],
         "did you mean 'bbh.boolean_expressions'": ["--dataset", "bbh.boolean_expression"],
-        "cannot be written": ["--dataset", "bbh.boolean_expressions", "--result_dir", str(tmp_path / "file" / "results")],
+        "cannot be written": ["--dataset", "bbh.boolean_expressions", "--result_dir", str(tmp_path / "file" / "out")],
         "--dataset is given 2 times: separate": ["--dataset", "bbh.navigate", "--dataset=bbh.boolean_expressions"],
     }.items():
         assert run([*usual, "--result_dir", str(tmp_path / "results"), *arguments]) in (1, 2)
