@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, cache_utils
+from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from logo.models import PassEnded, device_of, text_config
@@ -64,7 +64,7 @@ class PrefixCache:
         bytes: what the pages take now.
     """
 
-    def __init__(self, model: nn.Module, budget: int) -> None:
+    def __init__(self, model: PreTrainedModel, budget: int) -> None:
         self.model = model
         self.budget = budget
         self.bytes = 0
@@ -164,7 +164,7 @@ class PrefixCache:
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]) -> None:
         """Runs the base model up to its head, which has nothing to add to keys and values; see `Forward`."""
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        head = self.model.get_output_embeddings()
         options = {"use_cache": True, cache_argument(self.model) or "": cache, **options}
         with suppress(PassEnded), ExitStack() as stack:
             if head is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from logo.errors import ModelError
 from logo.models import PassEnded
@@ -32,7 +32,7 @@ class Probe:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         points: Sequence[Point],
         read: ProbeInput = "residual",
         run: Callable[[Tensor, Tensor, DynamicCache, dict[str, Any]], None] | None = None,
