@@ -122,6 +122,7 @@ class LogoOptions(Body):
     candidates: Distinct | None = None
     prior: Annotated[Number, Field(gt=0, lt=1)] | None = None
     when_unsure: WhenUnsure | None = None
+    shadow: bool = True  # whether a server's shadow may have a line about this request
 
     @model_validator(mode="before")
     @classmethod
@@ -137,8 +138,8 @@ class LogoOptions(Body):
 
     @property
     def selecting(self) -> dict[str, Any]:
-        """The given fields that set the selection, which are all except `adapters`."""
-        return {name: value for name, value in self if name != "adapters" and value is not None}
+        """The given fields that set the selection, which are all except `adapters` and `shadow`."""
+        return {name: value for name, value in self if name not in ("adapters", "shadow") and value is not None}
 
 
 class ModelRequest(Body):

@@ -9,8 +9,10 @@ selected for when it is quiet. What finds no room to wait is counted, and has no
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
+import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -64,8 +66,7 @@ class Shadow:
         count: Callable[[Outcome], None],
     ) -> None:
         try:
-            with file.open("a", encoding="utf-8"):
-                pass
+            _end_line(file)
         except OSError as error:
             raise StorageError(f"--shadow {file}: cannot be written ({error.strerror}); name another file") from error
         self._file = file
@@ -89,11 +90,16 @@ class Shadow:
             self._task = Context().run(asyncio.create_task, self._work())
 
     async def close(self) -> None:
-        """Ends; what waits is dropped."""
+        """Ends; what waits is dropped, which is counted and said."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
+        for _ in self._waiting:
+            self._count("dropped")
+        if self._waiting:
+            _log.warning("%d prompts have no line in %s, since the server ends", len(self._waiting), self._file)
+        self._waiting.clear()
 
     async def _work(self) -> None:
         """Selects for what waits, as long as something does."""
@@ -119,7 +125,8 @@ class Shadow:
         """What is written of a prompt; `adapter` is the one that its request has named alone, or null."""
         alone = [name for name, weight in named.mixture.items() if weight == 1 and len(named.mixture) == 1]
         probabilities = selection.probabilities
-        best = sorted(selection.scores, key=selection.scores.__getitem__, reverse=True)[:_SAID]
+        # Adapters that cannot act on the prompt come last, whatever their scores are.
+        ranked = sorted(selection.scores, key=lambda name: (name in selection.silent, -selection.scores[name]))
         line: dict[str, Any] = {
             "time": named.when.isoformat(timespec="milliseconds"),
             "adapter": alone[0] if alone else None,
@@ -130,7 +137,7 @@ class Shadow:
                     "score": round(selection.scores[name], 4),
                     "probability": round(probabilities[name], 4),
                 }
-                for name in best
+                for name in ranked[:_SAID]
             ],
             "confidence": selection.confidence,
         }
@@ -140,5 +147,25 @@ class Shadow:
         return line
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        """Appends a line, which is whole or not there: half of one would make the next one unreadable as well."""
+        written = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        with self._file.open("ab", buffering=0) as file:
+            size = file.tell() if file.seekable() else None
+            try:
+                if file.write(written) != len(written):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                if size is not None:
+                    file.truncate(size)
+                raise
+
+
+def _end_line(file: Path) -> None:
+    """Ends the last line of a file, which a machine that was switched off may have left without its end."""
+    with file.open("ab") as appended:
+        if not appended.seekable() or not appended.tell():
+            return
+        with file.open("rb") as read:
+            read.seek(-1, os.SEEK_END)
+            if read.read() != b"\n":
+                appended.write(b"\n")

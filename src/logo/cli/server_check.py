@@ -31,6 +31,7 @@ LARGEST = 0.3
 ROUNDING = 1e-4  # nats, which are nothing
 WEIGHTS = 1e-3  # how far the weights of a selection may be apart
 TIMEOUT = 600.0  # seconds
+UNWATCHED = {"shadow": False}  # of requests of a check, which a server's shadow is not to count
 Mixture = dict[str, float]
 Tokens = tuple[int, ...]
 
@@ -118,7 +119,8 @@ class Endpoint:
     def has_logprobs(self, model: str) -> bool:
         """Whether it tells log-probabilities, as vLLM's does and our own does not."""
         try:
-            return bool(self.ask("/v1/completions", {"model": model, "prompt": "a", "max_tokens": 1, "logprobs": 1}))
+            body = {"model": model, "prompt": "a", "max_tokens": 1, "logprobs": 1, "logo": UNWATCHED}
+            return bool(self.ask("/v1/completions", body))
         except LoGoError as error:
             if "logprobs" not in str(error):
                 raise
@@ -192,7 +194,7 @@ class Check:
         # In turns, so that requests that are answered together are for different adapters.
         for turn in zip_longest(*prompts_of.values()):
             cases += [Case(name, prompt) for name, prompt in zip(prompts_of, turn, strict=True) if prompt]
-        alone = [self.answer(case.prompt, {"model": case.adapter or self.base}) for case in cases]
+        alone = [self._named_answer(case) for case in cases]
         under_load = list(self.workers.map(self._forced_answer, cases))
         distances = self.distances(cases, alone, under_load)
         of_base = distances[: len(prompts)]
@@ -243,8 +245,11 @@ class Check:
         except (KeyError, TypeError, ValueError):
             raise LoGoError(f"server {self.server.url}: expected token_ids, found {one_line(str(reply))}") from None
 
+    def _named_answer(self, case: Case) -> ServerAnswer:
+        return self.answer(case.prompt, {"model": case.adapter or self.base, "logo": UNWATCHED})
+
     def _forced_answer(self, case: Case) -> ServerAnswer:
-        return self.answer(case.prompt, {"model": "logo", "logo": {"adapters": case.mixture}})
+        return self.answer(case.prompt, {"model": "logo", "logo": {"adapters": case.mixture, **UNWATCHED}})
 
     def distances(
         self, cases: Sequence[Case], alone: Sequence[ServerAnswer], under_load: Sequence[ServerAnswer]

@@ -26,7 +26,7 @@ def shadow(log: list[Path], /, *, json: bool = False) -> None:
 
     if not log:
         raise UsageError("expected a file that `logo serve --shadow FILE` has written, found none")
-    report = review(read_log(log))
+    report = review(*read_log(log))
     if json:
         print_json(report)
         return
@@ -39,6 +39,8 @@ def shadow(log: list[Path], /, *, json: bool = False) -> None:
 def _say_agreement(report: dict[str, Any]) -> None:
     rows = f"{report['rows']} requests: {report['named_one_adapter']} named one adapter"
     out.print(f"{rows}, {report['named_the_base_model']} the base model", highlight=False)
+    if report["unreadable"]:
+        out.print(f"{report['unreadable']} other lines, which are none of a shadow, are left out", highlight=False)
     if report["agreement"] is not None:
         low, high = report["interval"]
         share = f"{report['agreement']:.2f} ({low:.2f} to {high:.2f})"

@@ -56,23 +56,33 @@ class ShadowRow:
         return not self.agrees and self.probabilities[self.first] >= CLEAR
 
 
-def read_log(files: Sequence[Path]) -> list[ShadowRow]:
-    """The rows of such files. StorageError: one cannot be read; DataError: a line is none of a shadow."""
+def read_log(files: Sequence[Path]) -> tuple[list[ShadowRow], int]:
+    """The rows of such files, and the number of other lines, such as one that a full disk has cut. StorageError: a file
+    cannot be read; DataError: there are no rows."""
     rows = []
+    others = []
     for file in files:
         try:
             lines = file.read_text(encoding="utf-8").split("\n")  # prompts may hold other separators of lines
         except OSError as error:
             raise StorageError(f"{file}: cannot be read ({error.strerror}); name a file of `--shadow`") from error
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_row(line, f"{file}:{number}"))
+            if not line.strip():
+                continue
+            row = _row(line)
+            if row is None:
+                others.append(f"{file}:{number}: expected a line of `logo serve --shadow`, found {line:.60}")
+            else:
+                rows.append(row)
+    if others and not rows:
+        raise DataError(others[0])
     if not rows:
         raise DataError("expected a line per request, found none: has a request named an adapter or the base model?")
-    return rows
+    return rows, len(others)
 
 
-def _row(line: str, where: str) -> ShadowRow:
+def _row(line: str) -> ShadowRow | None:
+    """The row that a line is, if it is one."""
     try:
         match json.loads(line):
             case {"time": str(time), "named": dict(named), "first": [_, *_] as first, **more}:
@@ -82,20 +92,22 @@ def _row(line: str, where: str) -> ShadowRow:
                 return ShadowRow(time, adapter, probabilities, confidence, str(more.get("prompt", "")))
     except (ValueError, KeyError, TypeError):
         pass
-    raise DataError(f"{where}: expected a line of `logo serve --shadow`, found {line:.60}")
+    return None
 
 
-def review(rows: Sequence[ShadowRow]) -> dict[str, Any]:
-    """What a log says, as JSON: how many rows there are, and of which kind; `agreement` with the named adapter, with
-    the 95 % interval; the most frequent `confusions`; the rows of `clear` disagreement; per `adapter` the rows, the
-    agreement and the mean confidence, and whether it needs example prompts; the `threshold` of the confidence below
-    which the base model would best answer (None: no row has named it, or no confidence is known)."""
+def review(rows: Sequence[ShadowRow], unreadable: int = 0) -> dict[str, Any]:
+    """What a log says, as JSON: how many rows there are, and of which kind; the `unreadable` lines beside them;
+    `agreement` with the named adapter, with the 95 % interval; the most frequent `confusions`; the rows of `clear`
+    disagreement; per `adapter` the rows, the agreement and the mean confidence, and whether it needs example prompts;
+    the `threshold` of the confidence below which the base model would best answer (None: no row has named it, or no
+    confidence is known)."""
     named = [row for row in rows if row.named]
     base = [row for row in rows if row.named == ""]
     agreed = [float(row.agrees) for row in named]
     confusions = Counter((row.named, row.first) for row in named if not row.agrees)
     return {
         "rows": len(rows),
+        "unreadable": unreadable,
         "named_one_adapter": len(named),
         "named_the_base_model": len(base),
         "agreement": _mean(agreed),

@@ -60,10 +60,13 @@ class BaseReader:
         """What runs texts."""
         return self.run or partial(read_texts, self.model)
 
-    def encoded(self, signal: Signal, texts: Sequence[str], *, varied: bool = False) -> list[list[int]]:
-        """The token ids of texts as a signal reads them, cut to its window; `varied` as in `Prompts.texts`."""
-        ending = next((activation.tokens for activation in signal.activations if activation.tokens), ())
-        return [list(signal.windowed(row)) for row in self.encode(texts, ending, varied)]
+    def encoded(
+        self, signal: Signal, texts: Sequence[str], endings: Sequence[Sequence[int]], *, varied: bool = False
+    ) -> list[list[int]]:
+        """The token ids of texts as a signal reads them, cut to its window: all behind the first ending, and so on;
+        `varied` as in `Prompts.texts`."""
+        rows = [row for ending in endings for row in self.encode(texts, ending, varied)]
+        return [list(signal.windowed(row)) for row in rows]
 
     def device_at(self, point: Point) -> torch.device:
         """Where scores of a point are computed; of a model that is offloaded or a skeleton, on the CPU."""
@@ -82,7 +85,11 @@ class BaseReader:
         if signal.scale == "raw":
             return Background(plan.points)
         reading = self._reading(signal, settings, earlier)
-        calibration = calibrate(reading, plan, self.runner)
+        calibration = replace(
+            calibrate(reading, plan, self.runner),
+            endings=tuple(endings_of(plan.adapters, signal)),
+            ending_count=len(signal.endings),
+        )
         spaces = whitenings(reading, calibration.points, self.runner)
         examples = self._examples(reading, settings, plan.adapters)
         reading.store.release(reading.key)
@@ -95,8 +102,8 @@ class BaseReader:
             return replace(earlier, model=self.model, store=store)
         requests: list[list[int]] = []
         if signal.chosen:
-            requests = self.encoded(signal, settings.calibration_prompts or REQUESTS)
-        neutral = self.encoded(signal, NEUTRAL, varied=True)
+            requests = self.encoded(signal, settings.calibration_prompts or REQUESTS, signal.endings)
+        neutral = self.encoded(signal, NEUTRAL, signal.endings, varied=True)
         return Reading.of(self.model, signal, Texts(neutral, requests), store)
 
     def _examples(self, reading: Reading, settings: SelectionSettings, adapters: Sequence[Adapter]) -> ExamplesRead:
@@ -126,10 +133,15 @@ class BaseReader:
 
     def _ordinary(self, signal: Signal) -> list[list[int]]:
         """The texts with which those of adapters are compared."""
-        return [*self.encoded(signal, NEUTRAL, varied=True), *self.encoded(signal, EVERYDAY)]
+        neutral = self.encoded(signal, NEUTRAL, signal.endings, varied=True)
+        return [*neutral, *self.encoded(signal, EVERYDAY, signal.endings)]
 
     def _example_rows(self, signal: Signal, adapters: Sequence[Adapter]) -> list[list[list[int]]]:
-        return [self.encoded(signal, adapter.examples) if adapter.examples else [] for adapter in adapters]
+        """The example prompts of each adapter, which end as prompts do on which it acts."""
+        return [
+            self.encoded(signal, adapter.examples, [signal.endings[number]]) if adapter.examples else []
+            for adapter, number in zip(adapters, endings_of(adapters, signal), strict=True)
+        ]
 
     def indices(
         self,
@@ -160,6 +172,12 @@ class BaseReader:
         if reading is None:
             return read_indices(requests, tell)
         return read_indices(requests, tell, reading.store, f"{reading.key}/rows")
+
+
+def endings_of(adapters: Sequence[Adapter], signal: Signal) -> list[int]:
+    """Which of the signal's endings the texts have on which each adapter acts; those that need none act on all."""
+    numbers = {tokens: number for number, tokens in enumerate(signal.endings)}
+    return [numbers.get(adapter.activation.tokens, 0) for adapter in adapters]
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,9 @@ class Calibration:
         neutral: `a` (adapters, readings, neutral texts): the even readings of all points, then the late ones if the
             signal has them; NaN if an adapter does not touch a point.
         requests: `a` of the requests likewise, of which there may be none.
+        endings: the number of the ending (`Signal.endings`) behind which each adapter acts; all texts are behind the
+            first one first, and so on. Empty: there is one ending.
+        ending_count: how many endings there are.
         weight_norms: `‖W‖_F` of the base model at each point; NaN where it is not known.
         measured: the number of adapters whose responses were not stored.
     """
@@ -137,6 +140,20 @@ class Calibration:
     weight_norms: tuple[float, ...]
     measured: int
     seconds: float
+    endings: tuple[int, ...] = ()
+    ending_count: int = 1
+
+    @property
+    def reference_texts(self) -> tuple[Tensor, Tensor]:
+        """`neutral` and `requests`, of which each adapter has the texts that end as the prompts do on which it acts."""
+        if self.ending_count == 1:
+            return self.neutral, self.requests
+        return self._behind_own(self.neutral), self._behind_own(self.requests)
+
+    def _behind_own(self, responses: Tensor) -> Tensor:
+        """Responses (adapters, readings, texts) of each adapter to the texts with its ending alone."""
+        by_ending = responses.unflatten(2, (self.ending_count, -1))
+        return torch.stack([by_ending[adapter, :, ending] for adapter, ending in enumerate(self.endings)])
 
 
 def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:

@@ -178,10 +178,9 @@ class Scorer:
     def _reference(self) -> Reference | None:
         if self.calibration is None:
             return None
-        neutral = self.calibration.neutral
-        requests = self.calibration.requests
+        neutral, requests = self.calibration.reference_texts
         if self.signal.scale == "whitened":  # logarithms; what never changes, as behind an invocation, says nothing
-            constant = torch.cat([neutral, requests], dim=2).std(dim=2) < _CONSTANT
+            constant = neutral.std(dim=2) < _CONSTANT
             neutral = neutral.masked_fill(constant[:, :, None], torch.nan)
         weights = neutral.new_ones(neutral.shape[1])
         weights[len(self.indices) :] = LATE_WEIGHT
@@ -193,7 +192,7 @@ class Scorer:
         the texts of the calibration. With the training, the ranks and the modules of adapters, it grows as their scores
         of their own prompts do. What all adapters have in common on a text says nothing about which is right."""
         assert self.calibration is not None and self._reference is not None
-        texts = torch.cat([self.calibration.neutral, self.calibration.requests], dim=2)
+        texts = torch.cat(self.calibration.reference_texts, dim=2)
         scores = self._reference.compare(texts)  # (texts, adapters)
         apart = scores - scores.mean(dim=1, keepdim=True)
         variance = float(apart.square().sum()) / (len(scores) * max(1, scores.shape[1] - 1))

@@ -90,6 +90,12 @@ class Signal:
         """How often a point is read: once, or with two kinds of emphasis."""
         return 2 if self.late and self.token == "each" else 1
 
+    @cached_property
+    def endings(self) -> tuple[tuple[int, ...], ...]:
+        """What the texts of a calibration end with: the distinct invocation tokens of the pool, or nothing."""
+        invocations = dict.fromkeys(activation.tokens for activation in self.activations if activation.tokens)
+        return tuple(invocations) or ((),)
+
     def windowed(self, ids: Sequence[int]) -> Sequence[int]:
         """The first and the last tokens of a text, as many as the window has of each; all of a text that is not
         longer."""

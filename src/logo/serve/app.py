@@ -125,7 +125,8 @@ class _AnswerRoutes:
             chosen = await self._answering.choose(prompts, mixture_request, began, logged)
             for mixture in chosen:
                 held.callback(mixture.release)
-            if self._shadow is not None and mixture_request.adapters is not None:
+            is_watched = body.logo is None or body.logo.shadow
+            if self._shadow is not None and is_watched and mixture_request.adapters is not None:
                 self._shadow.offer(prompts, mixture_request.adapters, partial(self._selected, mixture_request.usable))
             call = Call(body, prompts, chosen, sampling, began, logged)
             if body.stream:

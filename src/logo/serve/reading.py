@@ -88,10 +88,17 @@ class PromptReader:
         if self.context is not None:
             usual = min(usual, self.context - longest)
         tokens, blamed = bodies.asked_tokens(body) or (max(1, usual), "messages" if is_chat else "prompt")
+        self._check_room(longest, tokens, blamed)
+        return tokens
+
+    def check_length(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ApiError if a text is longer than the context, of which a token of an answer is a part."""
+        self._check_room(max(map(len, prompts)), 1, "inputs")
+
+    def _check_room(self, longest: int, tokens: int, blamed: str) -> None:
         if self.context is not None and longest + tokens > self.context:
             holder = "the memory for keys and values (--kv-cache-gb)" if self._by_memory else "this model's context"
             raise too_long(self.context, longest, tokens, blamed, holder)
-        return tokens
 
 
 def _is_chat(body: _Body) -> bool:

@@ -104,6 +104,7 @@ class PoolRoutes:
         mixture_request = models.mixture_request(AUTO, bodies.LogoOptions(when_unsure="mix"))
         with self.entrance.admitted():
             prompts = await self.reader.prompts(body, len(await request.body()))
+            self.reader.check_length(prompts)
             [chosen] = await self.choosing.choose(prompts, mixture_request, began, logged_of(request))
         return JSONResponse(labels(chosen.selection, models.base))
 

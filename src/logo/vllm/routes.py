@@ -223,9 +223,14 @@ async def _select(request: bodies.SelectRequest, raw_request: Request) -> Respon
 async def _classify(request: bodies.ClassifyRequest, raw_request: Request) -> Response:
     """`POST /classify`: as our own server."""
     logo = _logo(raw_request)
+    state = raw_request.app.state
+    row = await text_prompt(state, request.inputs)
+    context = state.engine_client.model_config.max_model_len
+    if len(row.ids) + 1 > context:
+        raise too_long(context, len(row.ids), 1, "inputs")
 
     async def rows() -> list[Prompt]:
-        return [await text_prompt(raw_request.app.state, request.inputs)]
+        return [row]
 
     [choice], _ = await logo.choose(AUTO, bodies.LogoOptions(when_unsure="mix"), RequestPrompts(rows), raw_request)
     return JSONResponse(labels(choice.selection, logo.base))

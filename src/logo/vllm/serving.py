@@ -286,8 +286,11 @@ class Logo:
         if serving is None:
             raise ApiError(501, "this model does not answer requests of this kind", "invalid_request_error")
         model = request.model
-        chosen, mixes = await self.choose(model, _options(request), prompts, raw, request.cache_salt is not None)
-        if self._shadow is not None and not chosen[0].selection.scores:  # the request has named its mixture
+        options = _options(request)
+        chosen, mixes = await self.choose(model, options, prompts, raw, request.cache_salt is not None)
+        has_named = not chosen[0].selection.scores
+        is_watched = options is None or options.shadow
+        if self._shadow is not None and has_named and is_watched:
             task = asyncio.create_task(self._watch(self._shadow, prompts, chosen[0].selection.mixture))
             self._reading.add(task)
             task.add_done_callback(self._reading.discard)
