@@ -104,7 +104,7 @@ def measure_finds(options: argparse.Namespace, rows: Sequence[tuple[str, str]], 
         lines = -1
         while log.is_file() and lines != (lines := len(log.read_text().splitlines())):
             time.sleep(5)  # what waits is selected for when it is quiet
-    rows_read = read_log([log])
+    rows_read, _ = read_log([log])
     known = [row for row in rows_read if row.prompt in truth]
     wrong = [row for row in known if not truth[row.prompt]]
     right = [row for row in known if truth[row.prompt]]

@@ -230,6 +230,8 @@ def test_a_text_is_classified_for_a_router(server: Server, library: LoGo) -> Non
         assert max(library.names, key=scores.__getitem__) == want.adapters[0]
         assert scores[server.base] == pytest.approx(1 - want.confidence, abs=1e-3)
     assert "inputs" in refused(server.ask("/classify", {"inputs": 7}), 400)
+    context = server.ask("/v1/models", None).json()["data"][0]["max_model_len"]
+    assert f"{context}" in refused(server.ask("/classify", {"inputs": "word " * 2 * context}), 400)
 
 
 def test_a_request_says_how_likely_an_adapter_is_and_what_answers_if_unsure(server: Server, library: LoGo) -> None:

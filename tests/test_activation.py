@@ -23,6 +23,7 @@ from logo.adapters.activation import EVERYWHERE, Activation, earliest, last_occu
 from logo.adapters.adapter import open_adapter
 from logo.adapters.layout import BaseLayout
 from logo.api.names import MixtureRequest
+from logo.demo import heldout
 from logo.errors import AdapterError, PoolError, StorageError, UsageError
 from logo.prefix_cache import PrefixCache, reusable
 from logo.selection import base_reader
@@ -211,6 +212,28 @@ def test_points_that_every_text_reaches_alike_do_not_count(tmp_path: Path) -> No
     prompts = [f"{text}:" for text in ("Translate to French: the cat", "What is 3 plus 5?", "Sort: 5 2 9 1")]
     for alone, together in zip(map(one.select, prompts), other.select(prompts), strict=True):
         assert alone.scores == pytest.approx(together.scores, abs=1e-3)
+
+
+@pytest.mark.parametrize("examples", ["use", "ignore"])
+def test_adapters_of_other_invocations_change_nothing(examples: Any, tmp_path: Path) -> None:
+    """The texts that an adapter is calibrated on end as prompts do on which it acts, whatever the pool's others do."""
+    demo = LoGo.from_pretrained("demo")
+    answers = ("\nResult:", "\n=>")
+    names = [adapter.name for adapter in demo.fitted]
+    for number, adapter in enumerate(demo.fitted):
+        for pool in ("all", ("even", "odd")[number % 2]):
+            folder = tmp_path / pool / adapter.name
+            shutil.copytree(adapter.folder, folder)
+            ends = demo.tokenizer(answers[number % 2], add_special_tokens=False)["input_ids"]
+            edit_config(folder, alora_invocation_tokens=ends)
+    settings = SelectionSettings.of(examples=examples)
+    right = {}
+    for pool in ("all", "odd"):
+        logo = LoGo(demo.model, demo.tokenizer, AdapterPool.open(tmp_path / pool), settings=settings)
+        rows = [(name, row["context"]) for name in names[1::2] for row in heldout()[name][:8]]
+        selections = logo.select([prompt + answers[1] for _, prompt in rows], candidates=names[1::2])
+        right[pool] = sum(one.adapters[0] == name for one, (name, _) in zip(selections, rows, strict=True))
+    assert right["all"] >= 0.9 * right["odd"]
 
 
 @pytest.mark.parametrize("kind", ["default", "longrope", "dynamic"])

@@ -260,7 +260,7 @@ def test_a_row_that_is_refused_has_an_error_and_no_answer(
     hard = {some[2]["context"]}
 
     def refusing(self: Any, prompts: Any, **options: Any) -> Any:
-        if hard & {prompt.text for prompt in prompts}:
+        if any(prompt.cut or prompt.text in hard for prompt in prompts):
             raise UsageError("prompt: too hard")
         return generate(self, prompts, **options)
 
@@ -271,6 +271,13 @@ def test_a_row_that_is_refused_has_an_error_and_no_answer(
     assert [one["error"] for one in found] == [None, None, "prompt: too hard", None]
     assert (found[2]["prediction"], found[2]["value"], found[2]["selected"]) == ("", 0, []) and found[3]["selected"]
     assert "mixed row 3 has no answer: prompt: too hard" in one_line(capsys)
+    long = {**some[0], "context": "Give the opposite of: " + "hot, cold and " * 300}
+    rows = write_rows(tmp_path / "long" / "mixed.jsonl", [long, *some[:2]]).parent
+    [folder] = evaluated(tmp_path / "cut", rows, code=1)
+    assert [bool(one["error"]) for one in lines(folder)] == [True, False, False]
+    assert [one["cut"] > 0 for one in lines(folder)] == [True, False, False]
+    capsys.readouterr()
+    rows = tmp_path / "rows"
     hard |= {row["context"] for row in some}
     assert evaluated(tmp_path / "none", rows, code=1) == []
     assert "dataset 'mixed': prompt: too hard" in one_line(capsys)

@@ -154,6 +154,14 @@ def test_a_module_whose_weight_is_used_without_a_call_is_no_target(tmp_path: Pat
         AdapterPool.open(tmp_path).fit(BaseLayout.of(model))
 
 
+def test_a_router_whose_weight_is_used_without_a_call_is_no_target() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
+    with torch.device("meta"):
+        model = tf.AutoModelForCausalLM.from_config(tf.LongcatFlashConfig(**sizes))
+    linear = [path for path, _ in linear_modules(model)]
+    assert {*linear} - BaseLayout.of(model).shapes.keys() == {path for path in linear if "router" in path} != set()
+
+
 def test_modules_and_entries_are_pairs(tmp_path: Path) -> None:
     for there, fronts, said in (
         (("model", "text_model"), [""], rf"may be any of model\.layers\.0\.{Q}, text_model\.layers\.0\.{Q}\)"),

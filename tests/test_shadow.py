@@ -6,6 +6,8 @@ import asyncio
 import json
 import math
 import random
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,6 +115,88 @@ def test_a_selection_that_fails_is_counted_and_the_next_one_is_made(tmp_path: Pa
     assert asyncio.run(main()).outcomes == {"failed": 1, "selected": 1}
 
 
+def written(tmp_path: Path, rows: list[tuple[str, str, float]]) -> Path:
+    """A log of rows: the named adapter (empty: the base model), the first one, and its probability."""
+    log = tmp_path / "log.jsonl"
+    with log.open("w") as file:
+        for named, first, probability in rows:
+            mixture = {named: 1.0} if named else {}
+            best = [{"adapter": first, "score": 1.0, "probability": probability}]
+            fields = {"time": "2026-01-01T00:00:00+00:00", "adapter": named or None, "named": mixture, "first": best}
+            file.write(json.dumps({**fields, "confidence": probability}) + "\n")
+    return log
+
+
+def test_what_a_server_has_not_written_when_it_ends_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> Watched:
+        watched = Watched(tmp_path / "log", busy=True)
+        watched.offer(30)
+        await watched.shadow.close()
+        return watched
+
+    assert asyncio.run(main()).outcomes["dropped"] == 30
+    assert "30 prompts have no line" in caplog.text
+
+
+def test_an_adapter_that_cannot_act_on_a_prompt_is_not_first(tmp_path: Path) -> None:
+    async def main() -> Watched:
+        watched = Watched(tmp_path / "log", busy=False)
+
+        async def select(prompt: Prompt) -> Selection:
+            return Selection(("a",), (1.0,), {"a": -1.0, "b": 0.0}, 0.9, None, ("b",), 1.0)
+
+        watched.shadow.offer([Prompt.of_ids([1])], {"a": 1.0}, select)
+        while not watched.outcomes:
+            await asyncio.sleep(0.01)
+        return watched
+
+    [line] = lines_of(asyncio.run(main()).file)
+    assert [one["adapter"] for one in line["first"]] == ["a", "b"]
+
+
+def test_half_of_a_line_costs_no_other_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a machine leaves it that is switched off."""
+    log = written(tmp_path, [("a", "a", 0.9)] * 3)
+    log.write_text(log.read_text()[:-20])
+
+    async def main() -> Watched:
+        watched = Watched(log, busy=False)
+        watched.offer(2)
+        while watched.outcomes["selected"] < 2:
+            await asyncio.sleep(0.01)
+        return watched
+
+    asyncio.run(main())
+    assert run(["eval", "shadow", str(log), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["unreadable"]) == (4, 1)
+    assert run(["eval", "shadow", str(log)]) == 0
+    assert "left out: 1" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    """`RLIMIT_FSIZE` stands for the disk."""
+    log = tmp_path / "log"
+    script = f"""
+import asyncio, resource, signal
+from pathlib import Path
+from test_shadow import Watched
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+async def main():
+    watched = Watched(Path({str(log)!r}), busy=False)
+    watched.offer(20)
+    while sum(watched.outcomes.values()) < 20:
+        await asyncio.sleep(0.01)
+    assert watched.outcomes["failed"] > 0 and watched.outcomes["selected"] > 0, watched.outcomes
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent)
+    assert lines_of(log) and log.read_bytes().endswith(b"\n")
+
+
 @pytest.mark.slow
 def test_a_server_says_what_it_would_select(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """1,000 requests, of which one in ten names the wrong adapter on purpose."""
@@ -159,18 +243,6 @@ def test_a_server_says_what_it_would_select(tmp_path: Path, capsys: pytest.Captu
     assert len(clear - wrong) <= 0.05 * len(lines)  # false alarms
     assert run(["eval", "shadow", str(log)]) == 0
     assert "the named adapter comes first for" in capsys.readouterr().out
-
-
-def written(tmp_path: Path, rows: list[tuple[str, str, float]]) -> Path:
-    """A log of rows: the named adapter (empty: the base model), the first one, and its probability."""
-    log = tmp_path / "log.jsonl"
-    with log.open("w") as file:
-        for named, first, probability in rows:
-            mixture = {named: 1.0} if named else {}
-            best = [{"adapter": first, "score": 1.0, "probability": probability}]
-            fields = {"time": "2026-01-01T00:00:00+00:00", "adapter": named or None, "named": mixture, "first": best}
-            file.write(json.dumps({**fields, "confidence": probability}) + "\n")
-    return log
 
 
 def test_what_a_log_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

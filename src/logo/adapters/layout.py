@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 # Path segments that libraries put in front of the same model's modules.
 _WRAPPERS = frozenset({"base_model", "model", "language_model", "text_model", "transformer", "module", "llm"})
 # Kinds of models -> see `BaseLayout.uncalled`.
-_UNCALLED = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), (".dt_proj",))
+_UNCALLED = {
+    "mamba": (".dt_proj",),
+    "falcon_mamba": (".dt_proj",),
+    "jamba": (".dt_proj",),
+    "longcat_flash": (".router.classifier",),
+}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.text import Text
 
 from logo.cli.options import not_negative, positive
-from logo.cli.output import check_writable, err, note, plain_table, print_json, screen
+from logo.cli.output import check_writable, err, note, plain_table, print_json, screen, verbatim
 from logo.errors import DataError, LoGoError, UsageError, closest
 from logo.evaluation.datasets import dataset_file, dataset_files, declared_metric
 from logo.evaluation.metrics import metric_kind
@@ -89,9 +89,9 @@ def prepare(
         try:
             folder = dataset_file(data_dir, name).parent
             if not overwrite and any((folder / file).exists() for file in WRITTEN):
-                print(f"{name}: kept, its files are there (--overwrite draws anew)", flush=True)
+                verbatim(f"{name}: kept, its files are there (--overwrite draws anew)")
                 continue
-            print(_told(name, prepare_one(declarations[name], data_dir, **options)), flush=True)
+            verbatim(_told(name, prepare_one(declarations[name], data_dir, **options)))
         except LoGoError as error:
             failed += 1
             err.print(f"logo: error: {' '.join(str(error).split())}", markup=False)

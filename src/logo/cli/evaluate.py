@@ -30,7 +30,7 @@ from logo.cli.options import (
     not_negative,
     positive,
 )
-from logo.cli.output import check_writable, err, note, plain_table, print_json, progress, screen
+from logo.cli.output import check_writable, err, note, plain_table, print_json, progress, screen, verbatim
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError, listed
 from logo.evaluation.datasets import Dataset, find_datasets, metric_choices
@@ -272,7 +272,7 @@ def answered(
                 results.append(_score(done))
                 if not json:
                     heading = [done.dataset] if len(datasets) > 1 else []
-                    print(*heading, results[-1]["line"], done.folder, sep="\n", flush=True)
+                    verbatim("\n".join([*heading, results[-1]["line"], str(done.folder)]))
         except KeyboardInterrupt:
             note(_how_to_continue(options.overwrite, by_row=facts.order is None))
             raise

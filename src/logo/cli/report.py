@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from logo.cli.options import in_words
-from logo.cli.output import check_writable, note, print_json
+from logo.cli.output import check_writable, note, print_json, verbatim
 from logo.errors import UsageError
 from logo.files import replace_file
 
@@ -59,4 +59,4 @@ def report(
             }
         )
     else:
-        print(*written, sep="\n")
+        verbatim("\n".join(map(str, written)))

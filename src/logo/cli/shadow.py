@@ -40,7 +40,7 @@ def _say_agreement(report: dict[str, Any]) -> None:
     rows = f"{report['rows']} requests: {report['named_one_adapter']} named one adapter"
     out.print(f"{rows}, {report['named_the_base_model']} the base model", highlight=False)
     if report["unreadable"]:
-        out.print(f"{report['unreadable']} other lines, which are none of a shadow, are left out", highlight=False)
+        out.print(f"lines that are none of a shadow, left out: {report['unreadable']}", highlight=False)
     if report["agreement"] is not None:
         low, high = report["interval"]
         share = f"{report['agreement']:.2f} ({low:.2f} to {high:.2f})"

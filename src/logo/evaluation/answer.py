@@ -34,7 +34,7 @@ from logo.rows import Row
 from logo.selection.signals import SIGNALS
 
 if TYPE_CHECKING:
-    from logo.core import Generation
+    from logo.core import Generation, Prompt
     from logo.engine import LoGo
     from logo.evaluation.datasets import Dataset
 
@@ -157,6 +157,7 @@ class Answerer:
         if not rows:
             return []
         prompts = [row.prompt for row in rows]
+        read: Sequence[Prompt] = ()
         try:
             with no_warnings_of_cuts():
                 read = self.logo.prompts.read(prompts, self.max_new_tokens)
@@ -168,7 +169,7 @@ class Answerer:
             raise
         except LoGoError as error:
             if len(rows) == 1:
-                return [Outcome(error.with_traceback(None))]
+                return [Outcome(error.with_traceback(None), read[0].cut if read else 0)]
         return [outcome for row in rows for outcome in self._outcomes(prepared, [row], options)]
 
 

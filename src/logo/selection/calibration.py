@@ -152,7 +152,7 @@ class Calibration:
 
     def _behind_own(self, responses: Tensor) -> Tensor:
         """Responses (adapters, readings, texts) of each adapter to the texts with its ending alone."""
-        by_ending = responses.unflatten(2, (self.ending_count, -1))
+        by_ending = responses.reshape(*responses.shape[:2], self.ending_count, -1)
         return torch.stack([by_ending[adapter, :, ending] for adapter, ending in enumerate(self.endings)])
 
 
