@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from http_server import serving
+from http_server import eventually, serving
 from logo.adapters.examples import write_examples
 from logo.cli.app import run
 from logo.demo import adapters_dir, model_dir
@@ -76,11 +76,16 @@ def test_a_server_that_answers_as_the_library(
     assert lines[2].rstrip().endswith("ok") and lines[-1].endswith("4 selections, 0 of them not the library's")
 
 
-def test_a_server_that_selects_otherwise_and_has_less_room(changed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It refuses prompts that no adapter fits, and an example is longer than its context."""
+def test_a_server_that_selects_otherwise_and_has_less_room(
+    changed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It refuses prompts that no adapter fits, an example is longer than its context, and it has a shadow, which does
+    not count these requests."""
     write_examples(changed / "french", ["Translate the word into French: house. " * 200])
     kv_cache_gb = 200 * 2 * 4 * 6 * 32 * 4 / 1e9  # 200 tokens: the model itself could read more
+    shadow = tmp_path / "shadow.jsonl"
     options = ["--prior", "0.3", "--when-unsure", "refuse", "--kv-cache-gb", f"{kv_cache_gb:.9f}"]
+    options += ["--shadow", str(shadow)]
     with served("--base-model", "demo", "--adapters", str(changed), *options, key=KEY) as running:
         assert running.get("/v1/models")["data"][0]["max_model_len"] < 512
         with pytest.raises(HTTPError) as refused:
@@ -89,7 +94,11 @@ def test_a_server_that_selects_otherwise_and_has_less_room(changed: Path, capsys
         with refused.value as error:
             assert json.load(error)["error"]["code"] == "no_adapter_fits"
         code, found = verified(running, changed, capsys)
+        running.post("/v1/completions", {"model": "plural", "prompt": "Last one", "max_tokens": 1})
+        eventually(shadow.read_text)
     assert code == 0 and found["ok"] and found["wrong"] == [], found
+    [line] = map(json.loads, shadow.read_text().splitlines())
+    assert line["adapter"] == "plural"
 
 
 def test_another_pool_or_base_model(
