@@ -144,18 +144,31 @@ def test_its_shadow_says_what_would_be_selected(
     assert selected is not None and float(selected[1]) >= len(wanted)
 
 
-def test_a_prompt_that_was_probed_a_moment_ago_is_not_read_again(server: Server, rows: list[str]) -> None:
-    def read() -> float:
-        [found] = re.findall(r"^vllm:prompt_tokens_total{.*} (\S+)$", server.ask("/metrics")[1], re.M)
-        return float(found)
+def tokens_read(server: Server) -> float:
+    """The tokens of prompts and probes that vLLM has read."""
+    [found] = re.findall(r"^vllm:prompt_tokens_total{.*} (\S+)$", server.ask("/metrics")[1], re.M)
+    return float(found)
 
+
+def test_a_prompt_that_was_probed_a_moment_ago_is_not_read_again(server: Server, rows: list[str]) -> None:
     body = {"prompt": f"{rows[0]} once more"}
-    before = read()
+    before = tokens_read(server)
     first = server.ask("/v1/logo/select", body)[1]
-    eventually(lambda: read() > before)
-    after = read()
+    eventually(lambda: tokens_read(server) > before)
+    after = tokens_read(server)
     second = server.ask("/v1/logo/select", body)[1]
-    assert second["scores"] == first["scores"] and read() == after
+    assert second["scores"] == first["scores"] and tokens_read(server) == after
+
+
+def test_nobody_finds_out_that_a_salted_prompt_was_here(server: Server, rows: list[str]) -> None:
+    prompt = f"{rows[0]} in secret"
+    before = tokens_read(server)
+    salted = {"model": "logo", "prompt": prompt, "max_tokens": 1, "cache_salt": "secret"}
+    tokens = server.ask("/v1/completions", salted)[1]["usage"]["prompt_tokens"]
+    eventually(lambda: tokens_read(server) >= before + 2 * tokens)  # the probe and the prompt
+    after = tokens_read(server)
+    server.ask("/v1/logo/select", {"prompt": prompt})
+    eventually(lambda: tokens_read(server) == after + tokens)
 
 
 def test_several_prompts_have_several_mixtures(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:

@@ -300,9 +300,10 @@ class Engine:
         names = [None if candidates is None else tuple(sorted(candidates)) for candidates in among]
         digest = served.pool.digest
         keys = [(digest, signal, without_examples, *key) for key in zip(windows, names, strict=True)]
-        # Answers of adapters that act from a position on use what the probe has read, so such a pool is probed anew.
-        may_know = not (alone or served.pool.read_once)
-        known = [self._recent.get(key) if may_know else None for key in keys]
+        # What is probed alone tells nobody that it was here. Answers of adapters that act from a position on use what
+        # the probe has read, so such a pool is probed anew.
+        shared = not (alone or served.pool.read_once)
+        known = [self._recent.get(key) if shared else None for key in keys]
         unknown = [i for i, scores in enumerate(known) if scores is None]
         encoded: Sequence[tuple[float | None, ...] | None] = [None] * len(unknown)
         if opened.encoding is not None and not without_examples:
@@ -313,7 +314,8 @@ class Engine:
         ]
         for i, scores in zip(unknown, await self._probed([windows[i] for i in unknown], probes), strict=True):
             known[i] = scores
-            self._recent.put(keys[i], scores)
+            if shared:
+                self._recent.put(keys[i], scores)
         return [scores for scores in known if scores is not None]
 
     async def _probed(self, windows: Rows, probes: Sequence[ProbeRequest]) -> list[list[float]]:
