@@ -399,6 +399,24 @@ def test_a_text_encoder_is_evidence(llama: nn.Module, pool: Path, sentences: str
     assert len(read) == 1 + len(logo.names)
 
 
+def test_an_encoder_counts_by_what_it_computes_and_not_by_its_path(sentences: str, tmp_path: Path) -> None:
+    whole = embedding.encoder_digest(sentences)
+    copy = tmp_path / "copy"
+    shutil.copytree(sentences, copy)
+    assert embedding.encoder_digest(str(copy)) == whole
+    other = tmp_path / "other"
+    shutil.copytree(sentences, other)
+    [file] = other.glob("*Pooling/config.json")
+    pooling = json.loads(file.read_text())
+    file.write_text(
+        json.dumps(pooling)
+        .replace('mean_tokens": true', 'mean_tokens": false')
+        .replace('cls_token": false', 'cls_token": true')
+        .replace('"mean"', '"cls"')
+    )
+    assert embedding.encoder_digest(str(other)) != whole
+
+
 def test_what_a_text_encoder_has_read_is_not_read_again(
     llama: nn.Module, pool: Path, sentences: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

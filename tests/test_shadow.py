@@ -157,9 +157,9 @@ def test_an_adapter_that_cannot_act_on_a_prompt_is_not_first(tmp_path: Path) -> 
 
 
 def test_half_of_a_line_costs_no_other_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a machine leaves it that is switched off."""
+    """As a machine leaves it that is switched off, here in the middle of a character."""
     log = written(tmp_path, [("a", "a", 0.9)] * 3)
-    log.write_text(log.read_text()[:-20])
+    log.write_bytes(log.read_bytes()[:-20] + "ü".encode()[:1])
 
     async def main() -> Watched:
         watched = Watched(log, busy=False)

@@ -457,6 +457,21 @@ def test_options_that_cannot_be_used() -> None:
         assert expected in str(error.value)
 
 
+def test_a_pool_that_was_left_in_the_environment_is_nothing_to_a_server_without_our_routes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a server that is started as before LoGo would answer for its named adapters with the base model alone."""
+    monkeypatch.setenv(POOL, "pool")
+    for plugins_of_vllm, is_ours in ((None, False), ("mine", False), ("mine,logo", True)):
+        if plugins_of_vllm is None:
+            monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        else:
+            monkeypatch.setenv("VLLM_PLUGINS", plugins_of_vllm)
+        assert (patches.options_of(SimpleNamespace(additional_config={})) is not None) == is_ours
+        asked = SimpleNamespace(additional_config={"logo": {"pool": "offline"}})
+        assert getattr(patches.options_of(asked), "pool", None) == "offline"
+
+
 def test_vllm_is_not_imported_by_what_everybody_imports() -> None:
     source = Path(__file__).parent.parent / "src" / "logo"
     files = [path for path in source.rglob("*.py") if "vllm" not in path.parts]

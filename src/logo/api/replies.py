@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Role = Literal["auto", "base", "adapter"]
 # Settings of the selection that clients are not told: prompts and paths of the operator, and k, which has a default.
-_PRIVATE = ("calibration_prompts", "cache", "k")
+_PRIVATE = ("calibration_prompts", "cache", "encoder", "k")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from logo.identity import (
 from logo.prompts import no_warnings_of_cuts, preface
 from logo.recorded import without_secrets
 from logo.rows import Row
+from logo.selection.encoder import encoder_digest
 from logo.selection.signals import SIGNALS
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Answerer:
         }
         devices = ", ".join(sorted(kinds))
         identity = engine_identity(logo, self.base_model, self.generation)
-        identity["method"] = {"method": LOGO} if self.method is None else self.method.as_dict()
+        identity["method"] = {"method": LOGO} if self.method is None else method_identity(self.method)
         identity |= {"seed": self.seed, "max_new_tokens": self.max_new_tokens}
         settings = asdict(logo.settings)
         settings |= {"k": logo.k, "points": list(logo.points), "probe_context": logo.probe_context}
@@ -256,6 +257,8 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
     configured = getattr(logo.model, "generation_config", None)  # by which the checkpoint's own answers end
     settings = {name: value for name, value in asdict(logo.settings).items() if name != "cache"}
     settings |= {"probe_context": logo.probe_context, "k": logo.k, "points": list(logo.points), "merge": logo.merge}
+    if logo.settings.encoder is not None:
+        settings["encoder"] = encoder_digest(logo.settings.encoder)
     identity: dict[str, Any] = {
         "base_model": PurePath(base_model).name,
         "weights": weights_digest(logo.model),
@@ -276,6 +279,15 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
     }
     identity |= {name: value for name, value in optional.items() if value}
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+    return plain
+
+
+def method_identity(method: Method) -> dict[str, Any]:
+    """What a method's answers depend on, as JSON: its name and options; a text encoder counts by its digest."""
+    options = method.as_dict()
+    if options.get("embedding_model"):
+        options["embedding_model"] = encoder_digest(str(options["embedding_model"]))
+    plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
     return plain
 
 

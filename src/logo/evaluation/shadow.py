@@ -63,7 +63,7 @@ def read_log(files: Sequence[Path]) -> tuple[list[ShadowRow], int]:
     others = []
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")  # prompts may hold other separators of lines
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")  # prompts hold other separators
         except OSError as error:
             raise StorageError(f"{file}: cannot be read ({error.strerror}); name a file of `--shadow`") from error
         for number, line in enumerate(lines, 1):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from logo.adapters.peft import RECORD
 from logo.baselines.method import Method, Prepared
 from logo.errors import DataError, LoGoError, UsageError, listed
-from logo.evaluation.answer import Answerer, Facts, dataset_identity, front_of, task_of
+from logo.evaluation.answer import Answerer, Facts, dataset_identity, front_of, method_identity, task_of
 from logo.evaluation.contest import ALWAYS, IN_POOL, OF_EVIDENCE, REMOVED, Contest, evidence_in
 from logo.evaluation.metrics import answer_in, by_measure, measure, measures
 from logo.evaluation.results import ROWS, RUN, Partial, differences, is_done, read_run
@@ -83,6 +83,7 @@ class Measurer:
         facts = self._answerer.facts
         identity = {name: value for name, value in facts.identity.items() if name not in ("method", "max_new_tokens")}
         contest = json.loads(json.dumps(self.contest.as_dict()))
+        contest["methods"] = {label: method_identity(method) for label, method in self.contest.methods.items()}
         return replace(facts, identity={**identity, "contest": contest})
 
     def close(self) -> None:
@@ -124,7 +125,8 @@ class Measurer:
 
     @no_warnings_of_cuts()
     def check(self, task: Dataset) -> None:
-        """Raises DataError, which names the file and the line, for a gold text that cannot be scored, and for a row
+        """Raises DataError, which names the file and the line, for a prompt that cannot be read, for a gold text that
+        cannot be scored, and for a row
         whose target adapter is another one of the pool than that of the file's name."""
         for number, row in enumerate(task.rows, start=1):
             if row.adapter not in (None, task.name) and row.adapter in self._logo.names:
@@ -132,12 +134,13 @@ class Measurer:
                     f"{task.file}:{number}: expected a row of the adapter that the file is named after, found one of "
                     f"{row.adapter!r}; put it into {row.adapter}.jsonl"
                 )
-            if row.completion:
-                try:
-                    for gold in row.golds:
-                        encoded(self._logo.prompts, row.prompt, gold)
-                except UsageError as error:
-                    raise DataError(f"{task.file}:{number}: {error}") from error
+            golds = row.golds if row.completion else ()
+            try:
+                self._logo.prompts.read([row.prompt], room=None)
+                for gold in golds:
+                    encoded(self._logo.prompts, row.prompt, gold)
+            except UsageError as error:
+                raise DataError(f"{task.file}:{number}: {error}") from error
 
     def warn_of_known_prompts(self, tasks: Sequence[Dataset]) -> None:
         """Warns of rows whose prompts adapters of the pool have as example prompts, or were trained on."""

@@ -28,7 +28,7 @@ from torch.nn.functional import normalize
 from logo.errors import ModelError, need
 from logo.files import Store
 from logo.hub import hub_error, is_hub_id
-from logo.identity import sampled
+from logo.identity import sampled, tokenizer_digest
 from logo.selection.evidence import Similarities
 from logo.selection.examples import spread_of
 
@@ -102,7 +102,7 @@ def embed_by_text(texts: Sequence[str], model: str) -> Embedded:
 
 def _stored(model: str, groups: Sequence[Sequence[str]], store: Store) -> list[Tensor]:
     """The embeddings (texts, d) of each group of texts, which the store keeps."""
-    identity = _identity(model)
+    identity = encoder_digest(model)
     files = []
     for group in groups:
         content = json.dumps([identity, list(group)])
@@ -116,10 +116,14 @@ def _stored(model: str, groups: Sequence[Sequence[str]], store: Store) -> list[T
     return [store.get(file)["vectors"] for file in files]
 
 
-def _identity(model: str) -> str:
-    """A digest of the weights of an encoder."""
-    digest = hashlib.sha256()
-    for name, tensor in load_encoder(model).state_dict().items():
+def encoder_digest(model: str) -> str:
+    """A digest of what an encoder's embeddings depend on: its weights, by samples, how its modules are configured
+    (pooling, length, prompts), and its tokenizer. Errors as `embed`."""
+    loaded = load_encoder(model)
+    configured = (repr(loaded), loaded.max_seq_length, loaded.prompts, loaded.default_prompt_name)
+    digest = hashlib.sha256(repr(configured).encode())
+    digest.update(tokenizer_digest(loaded.tokenizer).encode())
+    for name, tensor in loaded.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(sampled(tensor).numpy().tobytes())
     return digest.hexdigest()

@@ -124,7 +124,7 @@ class Selecting:
                     began = time.perf_counter()
                     selections = self._probed(batch, embedded)
             except Exception as error:  # generation cannot be paused, since it has ended; or the encoder fails
-                selections = {waiting: error for waiting, _ in batch}
+                selections = {waiting: error for waiting, _ in _to_probe(batch)}
         probe_ms = 1e3 * (time.perf_counter() - began)
         for waiting, options in batch:
             with _errors_to(waiting.future):

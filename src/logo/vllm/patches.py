@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logo.errors import ModelError
-from logo.vllm.launch import check_environment
+from logo.vllm.launch import PLUGINS, check_environment
 from logo.vllm.options import VllmOptions
 from logo.vllm.requests import NAME, ProbeRequest, cached_as, parse
 
@@ -81,9 +81,12 @@ def version() -> str:
 
 
 def options_of(vllm_config: Any) -> VllmOptions | None:
-    """LoGo's options in an engine; None if it has no pool."""
+    """LoGo's options in an engine; None if it has no pool. The environment counts only where vLLM loads our routes:
+    without them, a server in whose environment a pool was left behind is vLLM's own, and named adapters are, too."""
     additional = getattr(vllm_config, "additional_config", None)
-    return VllmOptions.of(additional if isinstance(additional, Mapping) else None, os.environ)
+    has_our_routes = "logo" in os.environ.get(PLUGINS, "").split(",")
+    environment = os.environ if has_our_routes else {}
+    return VllmOptions.of(additional if isinstance(additional, Mapping) else None, environment)
 
 
 def _create_lora_manager(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:

@@ -56,6 +56,10 @@ class _Request:
     gate: Tensor | None = None  # of a mixture, the gate (1, slots) where all adapters act that ever do, once known
 
 
+# The most texts that are run between two calls of `Worker.signal`, since taps keep only so many outcomes.
+_MOST_TEXTS = 1024
+
+
 class _TextsNeeded(Exception):
     """The model has to run texts first. The arguments say how they are read, and are their token ids."""
 
@@ -372,8 +376,11 @@ class Worker:
         """A `TextRunner`: the hidden vectors of texts that vLLM has run; raises _TextsNeeded if it has not."""
         rows = [self._kept.get(tuple(row), {}) for row in texts.rows]
         places = [self._place_of(point, signal.input) for point in points]
-        if any(place not in row for row in rows for place in places):
-            raise _TextsNeeded(TextReader(tuple(points), signal), texts.rows)
+        missing = [
+            text for text, row in zip(texts.rows, rows, strict=True) if any(place not in row for place in places)
+        ]
+        if missing:
+            raise _TextsNeeded(TextReader(tuple(points), signal), missing[:_MOST_TEXTS])
         acted = None
         if signal.token == "tail":
             acted_by_text = []
