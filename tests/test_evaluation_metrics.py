@@ -34,7 +34,9 @@ def test_the_first_line_is_what_str_splitlines_takes_for_one() -> None:
     }.items():
         assert answer_in(text) == line
     assert answer_in("True  \nFalse", official=True) == "True  "  # as the official code leaves it
-    assert answer_in("<think>\n\n</think>\n\n5\n6", preface="<think>\n\n</think>\n\n") == "5"
+    assert answer_in("<think>\n\n</think>\n\n5\n6", front="<think>\n\n</think>\n\n") == "5"
+    assert answer_in("hero END\nmore", end=" END\n") == "hero"  # a turn that ends with ordinary text
+    assert answer_in("a\nhero END", whole=True, end=" END\n") == "a\nhero"
 
 
 @given(st.text(), st.lists(st.text(), max_size=4))

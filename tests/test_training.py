@@ -512,6 +512,24 @@ def copied(whole: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+def test_an_adapter_moves_no_other_one_below_it(
+    given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it acts is noted in its folder, and such a note applies to all folders below."""
+    base_model, tasks = given
+    rows_above = tmp_path / "rows"
+    shutil.copytree(tasks, rows_above)
+    write_rows(rows_above / "d.jsonl", rows(10))
+    pool = tmp_path / "pool"
+    assert run(command(base_model, rows_above, pool, "--tasks", "d/e")) == 0
+    before = contents(pool)
+    last = ("--activation", "last:2")
+    assert run(command(base_model, rows_above, pool, "--tasks", "d", *last)) == 2
+    assert "would apply to d/e as well" in capsys.readouterr().err and contents(pool) == before
+    assert run(command(base_model, rows_above, pool, "--tasks", "d,d/e", *last, "--overwrite")) == 0
+    assert {str(adapter.activation) for adapter in AdapterPool.open(pool)} == {"last:2"}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_peft_and_pools_open_the_adapters(name: str, given: Given, tmp_path: Path) -> None:
     """Without a word; and PEFT writes the same configuration."""

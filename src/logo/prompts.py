@@ -372,25 +372,20 @@ def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Conversation, p
     return whole[len(prompt) :] if whole.startswith(prompt) else None
 
 
-def preface(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str) -> str | None:
-    """What the chat template writes between a conversation, whose text this is, and an answer, such as an empty thought
-    (Qwen3). None for other prompts, and where the template expects the user to have spoken last."""
-    around = _around(tokenizer, prompt, text)
-    return None if around is None else around[0]
-
-
 def given_answer(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str, answer: str) -> str | None:
     """What the chat template writes for an answer to a conversation, whose text this is, without the mark that ends the
-    turn. Some templates trim answers, or put an empty thought before those without one. None as in `preface`."""
-    around = _around(tokenizer, prompt, text)
+    turn. Some templates trim answers, or put an empty thought before those without one. None as in `around_answer`."""
+    around = around_answer(tokenizer, prompt, text)
     if around is None:
         return None
     written = written_answer(tokenizer, prompt, text, answer) or ""
     return written.rstrip().removesuffix(around[1].rstrip()) or around[0] + answer.strip()
 
 
-def _around(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str) -> tuple[str, str] | None:
-    """What the chat template writes in front of an answer, and behind it."""
+def around_answer(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str) -> tuple[str, str] | None:
+    """What the chat template writes between a conversation, whose text this is, and an answer, such as an empty thought
+    (Qwen3); and the mark behind the answer that ends the turn. None for other prompts, and where the template expects
+    the user to have spoken last."""
     if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
         with suppress(UsageError):
             written = written_answer(tokenizer, prompt, text, _SOME_ANSWER) or ""

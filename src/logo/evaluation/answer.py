@@ -28,7 +28,7 @@ from logo.identity import (
     tokenizer_digest,
     weights_digest,
 )
-from logo.prompts import no_warnings_of_cuts, preface
+from logo.prompts import around_answer, no_warnings_of_cuts
 from logo.recorded import without_secrets
 from logo.rows import Row
 from logo.selection.encoder import encoder_digest
@@ -119,7 +119,8 @@ class Answerer:
         prepared = self._prepared_for(dataset)
         rows = dataset.rows[block.start : block.stop]
         forms = [
-            AnswerForm(row.whole and not self.first_lines, front_of(self.logo, row), self.first_lines) for row in rows
+            AnswerForm(row.whole and not self.first_lines, *around_answers_to(self.logo, row), self.first_lines)
+            for row in rows
         ]
         began = time.perf_counter()
         outcomes = self._outcomes(prepared, rows, self._options(forms))
@@ -176,11 +177,12 @@ class Answerer:
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """How an answer is read from a generated text: `whole`, or its first line alone, behind the `front` that the chat
-    template writes; `official`: as the official code takes the first line."""
+    """How an answer is read from a generated text: `whole`, or its first line alone, between the `front` and
+    the `end` that the chat template writes; `official`: as the official code takes the first line."""
 
     whole: bool
     front: str
+    end: str
     official: bool
 
 
@@ -192,15 +194,21 @@ class Outcome:
     cut: int = 0
 
 
-def front_of(logo: LoGo, row: Row) -> str:
-    """What the chat template writes in front of the answer to a row, and adapters have learned to write, as answers are
-    decoded; nothing for a row that is refused."""
-    front = None
+def around_answers_to(logo: LoGo, row: Row) -> tuple[str, str]:
+    """What the chat template writes in front of the answer to a row and behind it, and adapters have learned to write,
+    as answers are decoded; nothing for a row that is refused."""
+    around = None
     if not isinstance(row.prompt, str):
         with suppress(UsageError):
             [read] = logo.prompts.read([row.prompt], room=None)
-            front = preface(logo.tokenizer, row.prompt, read.text or "")
-    ids = logo.tokenizer(front or "", add_special_tokens=False)["input_ids"]
+            around = around_answer(logo.tokenizer, row.prompt, read.text or "")
+    front, end = around or ("", "")
+    return _decoded(logo, front), _decoded(logo, end)
+
+
+def _decoded(logo: LoGo, text: str) -> str:
+    """A text as it is decoded in an answer: without special tokens."""
+    ids = logo.tokenizer(text, add_special_tokens=False)["input_ids"]
     return str(logo.tokenizer.decode(ids, skip_special_tokens=True))
 
 
@@ -227,7 +235,7 @@ def record(index: int, row: Row, outcome: Outcome, form: AnswerForm, metric: str
         if isinstance(answer, Unsure):
             line |= {"error": answer.reason, "confidence": answer.confidence}
         return {**line, "selected": [], "weights": [], "scores": {}, "seconds": {"inference": seconds}}
-    prediction = answer_in(answer.text, form.whole, form.front, official=form.official)
+    prediction = answer_in(answer.text, form.whole, form.front, form.end, official=form.official)
     selection = answer.selection
     return {
         **line,

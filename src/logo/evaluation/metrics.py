@@ -110,18 +110,19 @@ def checked_kind(text: object, where: str) -> Kind:
     return kind
 
 
-def answer_in(text: str, whole: bool = False, preface: str = "", *, official: bool = False) -> str:
+def answer_in(text: str, whole: bool = False, front: str = "", end: str = "", *, official: bool = False) -> str:
     """The answer in a decoded continuation: stripped, and unless it is judged whole, its first line (`str.splitlines`).
-    What the chat template writes in front of answers (`logo.prompts.preface`) is no part of it.
+    What the chat template writes in front of answers and behind them (`logo.prompts.around_answer`) is no part of it.
 
     Args:
         official: blanks at the end of the first line stay when more lines follow, as in the official code.
     """
-    text = text.strip().removeprefix(preface.strip()).strip()
-    if whole or not text:
-        return text
-    first_line = text.splitlines()[0]
-    return first_line if official else first_line.rstrip()
+    text = text.strip().removeprefix(front.strip()).strip()
+    mark = end.strip()
+    if not whole and text:
+        first_line = text.splitlines()[0]
+        text = first_line if official else first_line.rstrip()
+    return text.removesuffix(mark).rstrip() if mark else text
 
 
 def em(prediction: str, completion: str | Sequence[str]) -> int:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from logo.adapters.peft import RECORD
 from logo.baselines.method import Method, Prepared
 from logo.errors import DataError, LoGoError, UsageError, listed
-from logo.evaluation.answer import Answerer, Facts, dataset_identity, front_of, method_identity, task_of
+from logo.evaluation.answer import Answerer, Facts, around_answers_to, dataset_identity, method_identity, task_of
 from logo.evaluation.contest import ALWAYS, IN_POOL, OF_EVIDENCE, REMOVED, Contest, evidence_in
 from logo.evaluation.metrics import answer_in, by_measure, measure, measures
 from logo.evaluation.results import ROWS, RUN, Partial, differences, is_done, read_run
@@ -218,14 +218,14 @@ class Measurer:
 
     def _answers(self, row: Row, mixtures: Sequence[MixtureKey]) -> dict[MixtureKey, str]:
         """The answer to a row under each mixture."""
-        front = front_of(self._logo, row)
+        front, end = around_answers_to(self._logo, row)
         generations = self._logo.generate(
             [row.prompt] * len(mixtures),
             adapters=[dict(key) for key in mixtures],
             max_new_tokens=self._new_tokens,
             stop_at_newline=not (row.whole or "\n" in front),
         )
-        texts = [answer_in(generation.text, row.whole, front) for generation in generations]
+        texts = [answer_in(generation.text, row.whole, front, end) for generation in generations]
         return dict(zip(mixtures, texts, strict=True))
 
 

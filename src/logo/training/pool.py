@@ -10,8 +10,9 @@ A folder of an adapter is written whole or not at all, so a run that was killed 
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Any
 
 import yaml
 
-from logo.adapters.activation import Activation
+from logo.adapters.activation import Activation, read_notes
+from logo.adapters.adapter import open_adapter
 from logo.adapters.examples import examples_sha256, examples_text, folder_description
 from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, RECORD
 from logo.adapters.write import activation_note, save_adapter
-from logo.errors import DataError, NotFinite, StorageError, UsageError, is_out_of_memory
+from logo.errors import DataError, NotFinite, StorageError, UsageError, is_out_of_memory, listed
 from logo.files import new_folder
 from logo.identity import file_sha256, library_versions, weights_digest
 from logo.models import context_length
@@ -94,6 +96,13 @@ def train(
             raise UsageError(f"{job.folder}: {job.difference}; name another --save, or replace it with --overwrite")
     done = {job.name: _with_prompts(job, config) for job in jobs if job.is_done}
     to_train = [job for job in jobs if not job.is_done]
+    for job in to_train:
+        moved = _moved_by(job, {other.folder for other in to_train})
+        if moved:
+            raise UsageError(
+                f"{job.folder}: where this adapter acts is noted in its folder, and would apply to {listed(moved)} as "
+                f"well, trained to act elsewhere; name another --save"
+            )
     planned({job.name: config.length(len(job.task.learned)) for job in to_train}, len(done))
     trained: dict[str, Record] = {}
     for job in to_train:
@@ -136,6 +145,12 @@ class Job:
     def name(self) -> str:
         """Of the task and of its adapter."""
         return self.task.name
+
+    @property
+    def activation(self) -> Activation:
+        """Where the adapter that is to be made acts."""
+        invocation = self.task.invocation
+        return Activation(invocation) if invocation else Activation.parse(self.made_from["config"]["activation"])
 
     @property
     def is_done(self) -> bool:
@@ -183,6 +198,25 @@ def _jobs(files: Mapping[str, Path], base: Base, out: Path, config: TrainingConf
             )
         )
     return jobs, unreadable
+
+
+def _moved_by(job: Job, trained: Collection[Path]) -> list[str]:
+    """The adapters in folders below a job's that would act on other tokens once it is written, and are not themselves
+    trained: a note that says where an adapter acts applies to all below it."""
+    activation = job.activation
+    if activation_note(job.folder, activation) is None:
+        return []
+    moved = []
+    for file in sorted(job.folder.rglob(CONFIG)):
+        folder = file.parent
+        if folder == job.folder or folder in trained:
+            continue
+        between = itertools.takewhile(lambda above: above != job.folder, (folder, *folder.parents))
+        acts = open_adapter(folder).activation
+        stays = acts == activation or acts.tokens or any("activation" in read_notes(above) for above in between)
+        if not stays:
+            moved.append(job.name + "/" + folder.relative_to(job.folder).as_posix())
+    return moved
 
 
 def _with_prompts(job: Job, config: TrainingConfig) -> Record:
@@ -265,8 +299,7 @@ def _write(job: Job, base_model: str, fitted: Fitted, record: Record) -> None:
     values = {
         name: sorted(value) if isinstance(value, set) else value for name, value in fitted.config.to_dict().items()
     }
-    activation = Activation(task.invocation) if task.invocation else Activation.parse(record["config"]["activation"])
-    note = activation_note(folder, activation)
+    note = activation_note(folder, job.activation)
     replaced = [NOTES] if job.prompts_stay else [NOTES, EXAMPLES]
     with new_folder(folder, replaced=replaced) as new:
         save_adapter(new, {name: tensor.cpu() for name, tensor in fitted.tensors.items()}, values, note)
