@@ -136,6 +136,8 @@ def test_options_go_to_methods_that_have_them() -> None:
     assert made["best-single"] == get_method("best-single", rows=3, seed=2)
     assert made["lorahub"] == get_method("lorahub", rows=3, budget=7, seed=2) and made["base"].options == {}
     assert get_methods(["random", "base"], {"k": "2"})["random"] == get_method("random", k=2)
+    assert get_methods(["random", "base"], {}, k=2)["random"] == get_method("random", k=2)
+    assert get_methods(["random"], {"k": "3"}, k=2)["random"] == get_method("random", k=3)
     with pytest.raises(UsageError, match="method option 'budget': none of base, best-single has it"):
         get_methods(["base", "best-single"], {"budget": 7})
     for name, options, message in (

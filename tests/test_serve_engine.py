@@ -297,6 +297,34 @@ def test_a_step_that_fails_ends_one_sequence_and_no_other(adapters: Path) -> Non
     assert after == (0, 0, 0)
 
 
+def test_an_end_rule_that_fails_ends_one_sequence_and_repeats_no_token(
+    adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows before it have their tokens of this step already."""
+    logo = engine(tiny.model("llama"), adapters)
+    logo.model.generation_config.stop_strings = ["never"]
+    prompts = tiny.prompts([6, 11, 3, 9], seed=3)
+    wanted = [MixtureRequest()] * 4
+    lengths = [10] * 4
+    want = [tokens for tokens, _, _ in all_of(logo, prompts, wanted, lengths)]
+    decode = logo.tokenizer.decode
+
+    def refuse(ids: Any, *given: Any, **options: Any) -> Any:
+        if tuple(ids) == want[2][:4]:
+            raise IndexError("no such token")
+        return decode(ids, *given, **options)
+
+    monkeypatch.setattr(logo.tokenizer, "decode", refuse)
+
+    async def use(service: Service) -> Any:
+        jobs = [answer(service, ids, MixtureRequest(), Sampling(10)) for ids in prompts]
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    found = served(logo, use)
+    assert isinstance(found.pop(2), IndexError)
+    assert [tokens for tokens, _, _ in found] == [want[0], want[1], want[3]]
+
+
 def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: nn.Module, tmp_path: Path) -> None:
     for i in range(3):
         write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj", "v_proj"), rank=2, seed=i)

@@ -106,6 +106,14 @@ def test_each_wording_is_reported_as_if_it_were_alone(
     assert json.loads(capsys.readouterr().out) == report
 
 
+def test_k_is_that_of_methods_too(wordings: Path, tmp_path: Path) -> None:
+    rows = ("--limit", "1", "--signals", "responses", "--protocols", IN_POOL)
+    studied(tmp_path / "s", str(wordings / "training"), *rows, "--methods", "random", "-k", "2")
+    [record, *_] = lines(tmp_path / "s")
+    selected = {arm["arm"]: arm["selected"] for arm in record["arms"]}
+    assert len(selected["random"]) == 2 and len(selected["responses"]) <= 2
+
+
 def test_a_long_study_tells_a_log_how_far_it_is(
     wordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -525,9 +525,25 @@ def test_an_adapter_moves_no_other_one_below_it(
     before = contents(pool)
     last = ("--activation", "last:2")
     assert run(command(base_model, rows_above, pool, "--tasks", "d", *last)) == 2
-    assert "would apply to d/e as well" in capsys.readouterr().err and contents(pool) == before
+    assert "d/e would act on other tokens than now" in capsys.readouterr().err and contents(pool) == before
     assert run(command(base_model, rows_above, pool, "--tasks", "d,d/e", *last, "--overwrite")) == 0
     assert {str(adapter.activation) for adapter in AdapterPool.open(pool)} == {"last:2"}
+    (pool / "d" / "e" / "pool.json").unlink()  # so it acts where the note above says
+    assert run(command(base_model, rows_above, pool, "--tasks", "d", "--overwrite")) == 2
+    assert "d/e would act on other tokens than now" in capsys.readouterr().err
+
+
+def test_what_else_a_pool_says_beside_an_adapter_stays(given: Given, tmp_path: Path) -> None:
+    base_model, tasks = given
+    pool = tmp_path / "pool"
+    (pool / "a").mkdir(parents=True)
+    notes = pool / "a" / "pool.json"
+    notes.write_text('{"k": 2, "activation": "last:5"}')
+    for where, noted in ((("--activation", "last:3"), {"k": 2, "activation": "last:3"}), ((), {"k": 2})):
+        assert run(command(base_model, tasks, pool, "--tasks", "a", *where, "--overwrite")) == 0
+        assert json.loads(notes.read_text()) == noted
+        [adapter] = AdapterPool.open(pool)
+        assert str(adapter.activation) == noted.get("activation", "everywhere")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from logo.adapters.activation import EVERYWHERE, Activation, noted
+from logo.adapters.activation import EVERYWHERE, Activation, noted, read_notes
 from logo.adapters.adapter import Adapter, LoraWeights
 from logo.adapters.peft import CONFIG, NOTES, SAFETENSORS
 from logo.errors import AdapterError, UsageError, listed
@@ -123,13 +123,21 @@ def _mixture_config(ranks: Mapping[str, int], linear: Collection[str], base_mode
 
 
 def activation_note(folder: Path, activation: Activation) -> str | None:
-    """The text of an adapter's own `pool.json`, where its configuration cannot say on which tokens it acts: PEFT's has
-    no `last:N`, and a `pool.json` above the folder would apply to it. None: it needs none. Errors as `read_notes`."""
+    """The text of an adapter's own `pool.json`, in which what else is said there already, such as `k`, stays. None: it
+    needs none. Errors as `read_notes`."""
+    notes = {name: value for name, value in read_notes(folder).items() if name != "activation"}
+    if needs_activation_note(folder, activation):
+        notes["activation"] = str(activation)
+    return json.dumps(notes, indent=2) + "\n" if notes else None
+
+
+def needs_activation_note(folder: Path, activation: Activation) -> bool:
+    """Whether the configuration of an adapter in this folder cannot say on which tokens it acts: PEFT's has no
+    `last:N`, and a `pool.json` above the folder would apply to it. Errors as `read_notes`."""
+    if activation.tokens:
+        return False
     above = folder.absolute().parent
-    around = noted(above, EVERYWHERE)
-    if activation.tokens or (activation.last is None and around == EVERYWHERE):
-        return None
-    return json.dumps({"activation": str(activation)}, indent=2) + "\n"
+    return activation.last is not None or noted(above, EVERYWHERE) != EVERYWHERE
 
 
 def linear_weights(adapter: Adapter) -> dict[str, LoraWeights]:

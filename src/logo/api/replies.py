@@ -84,11 +84,13 @@ def adapter_list(
     signals: Sequence[str],
     settings: SelectionSettings,
     cards: Iterable[Mapping[str, Any]],
-    selected: Counter[str],
+    selected: Counter[str] | None,
 ) -> dict[str, Any]:
     """Answer of `GET /v1/logo/adapters`: the cards of adapters with how often each was `selected` since the server
-    started, the signals that requests may ask for, the usual one first, and how the server selects, but for what is the
-    operator's alone."""
+    started (None: the client is not told), the signals that requests may ask for, the usual one first, and how the
+    server selects, but for what is the operator's alone."""
+    if selected is not None:
+        cards = [{**card, "selected": selected[card["id"]]} for card in cards]
     return {
         "object": "list",
         "base_model": base,
@@ -97,5 +99,5 @@ def adapter_list(
         "signals": list(signals),
         "settings": {name: setting for name, setting in vars(settings).items() if name not in _PRIVATE},
         "has_own_calibration_prompts": settings.calibration_prompts is not None,
-        "data": [{**card, "selected": selected[card["id"]]} for card in cards],
+        "data": list(cards),
     }

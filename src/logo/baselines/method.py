@@ -231,15 +231,18 @@ def get_method(name: str, /, *, k: int | None = None, seed: int = 0, **options: 
     return Method(name, {**defaults, **options})
 
 
-def get_methods(names: Sequence[str], options: Mapping[str, Any], seed: int = 0) -> dict[str, Method]:
-    """Several methods by name, each with those of the options that it has; errors as `get_method`, also for an option
-    that none of them has."""
+def get_methods(
+    names: Sequence[str], options: Mapping[str, Any], *, k: int | None = None, seed: int = 0
+) -> dict[str, Method]:
+    """Several methods by name, each with those of the options that it has, of which `k` is one unless they name it;
+    errors as `get_method`, also for an option that none of them has."""
     defaults = {name: _defaults(name) for name in names}
     for option in options:
         if not any(option in of_method for of_method in defaults.values()):
             raise UsageError(f"method option {option!r}: none of {', '.join(names) or 'the methods'} has it")
+    given = options if k is None else {"k": k, **options}
     return {
-        name: get_method(name, seed=seed, **{option: value for option, value in options.items() if option in of_method})
+        name: get_method(name, seed=seed, **{option: value for option, value in given.items() if option in of_method})
         for name, of_method in defaults.items()
     }
 

@@ -140,14 +140,15 @@ class ContestOptions:
     """Also generate answers of up to N new tokens, and judge them by the metric in NAME.yaml beside NAME.jsonl, else by
     the task's name."""
 
-    def contest(self) -> Contest:
-        """The contest; raises UsageError for a signal, method, option or protocol that does not exist."""
+    def contest(self, k: int | None) -> Contest:
+        """The contest, in which methods that have a number of adapters have at most `k` (None: their own); raises
+        UsageError for a signal, method, option or protocol that does not exist."""
         from logo.baselines import get_methods
         from logo.evaluation.contest import ALWAYS, Contest, evidence_in
         from logo.selection.signals import get_signal
 
         names = [name for name in parts(self.methods) if name not in ALWAYS]
-        methods = get_methods(names, method_arguments(self.method_args))
+        methods = get_methods(names, method_arguments(self.method_args), k=k)
         signals = parts(self.signals)
         for name in signals:
             if not evidence_in(name):
@@ -174,7 +175,7 @@ def study(
     from logo.evaluation.answer import Opening
     from logo.evaluation.study import Measurer, run_study
 
-    compared = contest.contest()
+    compared = contest.contest(pool.n_selected_modules)
     tasks = rows.datasets()
     check_writable(rows.save.parent)
     quiet_transformers()

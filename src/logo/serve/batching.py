@@ -341,8 +341,11 @@ class Batching:
         for job, token in zip(jobs, tokens, strict=True):
             if token == NO_TOKEN:
                 self._fail(job, NotFinite(OVERFLOW))
-            else:
+                continue
+            try:
                 self._take(job, token)
+            except Exception as error:  # were it raised, rows that have their tokens would be run again
+                self._fail(job, error)
         return len(jobs)
 
     def _take(self, job: AnswerJob, token: int) -> None:

@@ -115,9 +115,9 @@ class PoolRoutes:
         all_cards = selecting.adapters  # a change of the pool replaces it
         cards = [all_cards[name] for name in models.adapters if name in all_cards]
         settings = selecting.logo.settings
-        return JSONResponse(
-            adapter_list(models.base, selecting.logo.k, selecting.signals, settings, cards, selecting.selected)
-        )
+        # A key that is bound to some adapters does not learn how often those of others had them.
+        selected = selecting.selected if models.patterns is None else None
+        return JSONResponse(adapter_list(models.base, selecting.logo.k, selecting.signals, settings, cards, selected))
 
     async def models(self, request: Request) -> Response:
         """Lists the names that requests may give as `model`, or tells of one."""

@@ -20,11 +20,11 @@ from typing import Any
 
 import yaml
 
-from logo.adapters.activation import Activation, read_notes
+from logo.adapters.activation import EVERYWHERE, Activation, noted, read_notes
 from logo.adapters.adapter import open_adapter
 from logo.adapters.examples import examples_sha256, examples_text, folder_description
 from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, RECORD
-from logo.adapters.write import activation_note, save_adapter
+from logo.adapters.write import activation_note, needs_activation_note, save_adapter
 from logo.errors import DataError, NotFinite, StorageError, UsageError, is_out_of_memory, listed
 from logo.files import new_folder
 from logo.identity import file_sha256, library_versions, weights_digest
@@ -100,8 +100,8 @@ def train(
         moved = _moved_by(job, {other.folder for other in to_train})
         if moved:
             raise UsageError(
-                f"{job.folder}: where this adapter acts is noted in its folder, and would apply to {listed(moved)} as "
-                f"well, trained to act elsewhere; name another --save"
+                f"{job.folder}: {listed(moved)} would act on other tokens than now, since a `pool.json` applies to all "
+                f"folders below; name another --save"
             )
     planned({job.name: config.length(len(job.task.learned)) for job in to_train}, len(done))
     trained: dict[str, Record] = {}
@@ -203,9 +203,10 @@ def _jobs(files: Mapping[str, Path], base: Base, out: Path, config: TrainingConf
 def _moved_by(job: Job, trained: Collection[Path]) -> list[str]:
     """The adapters in folders below a job's that would act on other tokens once it is written, and are not themselves
     trained: a note that says where an adapter acts applies to all below it."""
-    activation = job.activation
-    if activation_note(job.folder, activation) is None:
-        return []
+    if needs_activation_note(job.folder, job.activation):
+        activation = job.activation
+    else:
+        activation = noted(job.folder.absolute().parent, EVERYWHERE)
     moved = []
     for file in sorted(job.folder.rglob(CONFIG)):
         folder = file.parent
