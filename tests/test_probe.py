@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 import tiny
 from logo.errors import ModelError
-from logo.models import padded
 from logo.selection.points import Point, decoder_layers, last_query, points_of
-from logo.selection.probe import Probe, pick
+from logo.selection.probe import Probe, keeps_texts_apart
 from logo.selection.signals import Signal, get_signal
 from tolerances import same_tensor
 
@@ -77,9 +76,9 @@ def zero_rows(module: Any, rows: Tensor) -> None:
 
 def read(probe: Probe, rows: list[list[int]], signal: Signal) -> list[Tensor]:
     """The hidden vectors that a signal reads of these rows."""
-    ids, mask = padded(rows, torch.device("cpu"))
-    picked, _ = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
-    return probe(ids, mask, picked)
+    hidden, owners = probe.read(rows, list(map(signal.begin, rows)))
+    assert [int((owners == row).sum()) for row in range(len(rows))] == [len(row) - signal.begin(row) for row in rows]
+    return hidden
 
 
 def reading(token: Any) -> Signal:
@@ -117,6 +116,39 @@ def test_what_is_read_is_the_models_own_hidden_states_or_what_the_module_receive
         same_tensor(hidden, states[point.layer][ends])
     for point, hidden in zip(points, read(Probe(model, points, "projection"), rows, LAST), strict=True):
         same_tensor(hidden, seen[point.module][ends])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(tiny.CONFIGS | tiny.STATEFUL))
+def test_packed_texts_are_read_as_if_each_were_alone(name: str, dtype: torch.dtype) -> None:
+    """By models that keep them apart; of OPT, positions follow from the mask, and others keep a state."""
+    model = tiny.model(name).to(dtype)
+    assert keeps_texts_apart(model) == (name in tiny.CONFIGS and name != "opt")
+    if not keeps_texts_apart(model):
+        return
+    layers, _ = decoder_layers(model)
+    probe = Probe(model, [Point(2, f"{layers}.2", f"{layers}.2")])
+    rows = tiny.prompts([1, 30, 7, 30, 18], seed=3)
+    sizes: list[torch.Size] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape))
+    [together] = read(probe, rows, reading("each"))
+    assert sizes == [(1, 86)]
+    alone = torch.cat([read(probe, [row], reading("each"))[0] for row in rows])
+    if dtype == torch.float32:
+        same_tensor(together, alone)
+    assert torch.dist(together, alone) <= 0.05 * alone.norm()
+
+
+def test_long_texts_and_those_behind_active_adapters_are_not_packed() -> None:
+    sizes: list[torch.Size] = []
+    model = tiny.model("llama")
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape))
+    probe = Probe(model, queries(model, 1))
+    for lengths, may_pack in (([600, 500], True), ([6, 5], False), ([6, 6], True)):
+        sizes.clear()
+        rows = tiny.prompts(lengths)
+        probe.read(rows, [0, 0], may_pack=may_pack)
+        assert sizes[-1] == (2, max(lengths))
 
 
 def test_stops_at_the_last_point() -> None:

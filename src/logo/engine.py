@@ -352,7 +352,9 @@ class LoGo(AnsweringEngine):
         scores = torch.empty(len(windows), len(scorer.selector.names), dtype=torch.float32)
         for batch in batches_by_length(lengths, batch_size, padded=not self._alike, tokens=MAX_TOKENS):
             with self._mixer.active(pool, [mixture]), self._exact():
-                scores[batch] = scorer([windows[i] for i in batch], [candidates[i] for i in batch], embedded)
+                texts = [windows[i] for i in batch]
+                among = [candidates[i] for i in batch]
+                scores[batch] = scorer(texts, among, embedded, alone=not mixture.weights)
         return scores
 
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:

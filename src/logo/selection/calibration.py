@@ -32,11 +32,11 @@ from logo.adapters.layout import linear_shape
 from logo.errors import ModelError, NotFinite
 from logo.files import Store
 from logo.identity import base_digest
-from logo.models import device_of, padded, tensor_of
+from logo.models import tensor_of
 from logo.selection.index import IndexRequest, ScoringIndex, read_indices
 from logo.selection.plan import Plan
 from logo.selection.points import Point
-from logo.selection.probe import Probe, pick
+from logo.selection.probe import Probe
 from logo.selection.reference import FADING, both_means, choose, contrast, emphasis, finished
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
@@ -324,15 +324,12 @@ def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: 
 
 def _read_batch(probe: Probe, rows: Sequence[Sequence[int]], signal: Signal) -> list[HiddenVectors]:
     """What is read of a batch of texts, whose numbers in it are the owners, at each point."""
-    device = device_of(probe.model.get_input_embeddings())
-    ids, mask = padded(rows, device)
-    width = ids.shape[1]
-    picked, owners = pick(list(map(signal.begin_of_text, rows)), list(map(len, rows)), width)
-    hidden = probe(ids, mask, picked.to(device))
+    begins = list(map(signal.begin_of_text, rows))
+    hidden, owners = probe.read(rows, begins)
     acted = None
     if signal.token == "tail":
         first_acted = torch.tensor([earliest(signal.activations, row) for row in rows])
-        positions = picked % width
+        positions = torch.cat([torch.arange(begin, len(row)) for begin, row in zip(begins, rows, strict=True)])
         acted = positions >= first_acted[owners]
     return [HiddenVectors(vectors, owners, acted) for vectors in hidden]
 

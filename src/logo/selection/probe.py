@@ -1,23 +1,34 @@
 """`Probe`: one short forward pass, which runs the base model on prompts up to the last point and stops there.
 
 A probe knows where to read, and nothing about adapters. To probe with adapters active, call it inside `Mixer.active`.
+
+Texts of different lengths are packed: they follow each other in one row, where their positions, which begin anew with
+each, keep them apart. So no padding is computed. A model that does not keep them apart gets a padded row for each.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from logo.errors import ModelError
-from logo.models import PassEnded
+from logo.models import PassEnded, device_of, padded, text_config
 from logo.selection.points import Point
 from logo.selection.signals import ProbeInput
+
+# The most tokens that are packed into a row. In attention, each is multiplied with each, those of other texts as well.
+_MOST_PACKED = 1024
+# Whether a model keeps packed texts apart, by its implementation of attention.
+_KEEPS_APART: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 class Probe:
@@ -48,11 +59,37 @@ class Probe:
         """The same probe at other points."""
         return Probe(self.model, points, self._read, self._run)
 
+    def read(
+        self, rows: Sequence[Sequence[int]], begins: Sequence[int], *, may_pack: bool = True
+    ) -> tuple[list[Tensor], Tensor]:
+        """Hidden vectors of texts at each point, as of a call, and the text that each is of: (vectors,) int64 on the
+        CPU.
+
+        Args:
+            rows: the token ids of each text.
+            begins: the first token of each that is read, up to its end.
+            may_pack: False where adapters are active, whose gates are by rows.
+        """
+        lengths = list(map(len, rows))
+        device = device_of(self.model.get_input_embeddings())
+        tokens = sum(lengths)
+        if may_pack and tokens < len(rows) * max(lengths) and tokens <= _MOST_PACKED and keeps_texts_apart(self.model):
+            input_ids = torch.tensor([[token for row in rows for token in row]], device=device)
+            attention_mask = None
+            options = {"position_ids": _restarting(lengths).to(device)}
+            starts: Sequence[int] = [0, *accumulate(lengths[:-1])]
+        else:
+            input_ids, attention_mask = padded(rows, device)
+            options = {}
+            starts = range(0, input_ids.numel(), input_ids.shape[1])
+        picked, owners = pick(begins, lengths, starts)
+        return self(input_ids, attention_mask, picked.to(device), options=options), owners
+
     @torch.no_grad()
     def __call__(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         picked: Tensor,
         cache: DynamicCache | None = None,
         options: dict[str, Any] | None = None,
@@ -62,9 +99,10 @@ class Probe:
 
         Args:
             input_ids: (rows, length), padded on the right, so that positions count from each row's first token.
-            attention_mask: (rows, length), 1 on prompt tokens; with a cache, (rows, its length + length).
+            attention_mask: (rows, length), 1 on prompt tokens; with a cache, (rows, its length + length). None: all.
             picked: (vectors,) int64, the tokens that are read, as positions in the flattened `input_ids`; see `pick`.
-            cache, options: of `run`.
+            cache: of `run`.
+            options: more arguments of the forward pass, or of `run`.
         """
         hidden: dict[str, Tensor] = {}
         latest: list[Tensor] = []  # the last tensor and its vectors, since q, k and v receive the same one
@@ -83,20 +121,58 @@ class Probe:
                 hook = module.register_forward_pre_hook(partial(reader, place), with_kwargs=True)
                 stack.callback(hook.remove)
             if self._run is not None and cache is not None:
+                assert attention_mask is not None  # of what is cached, too
                 self._run(input_ids, attention_mask, cache, options or {})
             else:
                 with suppress(PassEnded):
-                    self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+                    self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **(options or {}))
         missing = ", ".join(place for place in self._modules if place not in hidden)
         if missing:
             raise ModelError(f"the forward pass of {type(self.model).__name__} never reached {missing}")
         return [hidden[place] for place in self._places]
 
 
-def pick(begins: Sequence[int], ends: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
-    """The tokens from `begins` up to `ends` of each row of a batch: their positions in the flattened (rows, width) ids,
-    and their rows; (vectors,) int64 each, on the CPU."""
+def pick(begins: Sequence[int], ends: Sequence[int], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The tokens from `begins` up to `ends` of each text of a batch: their positions in the flattened ids, where each
+    text has its first token at `starts`, and their texts; (vectors,) int64 each, on the CPU."""
     spans = list(enumerate(map(range, begins, ends)))
-    positions = torch.tensor([row * width + position for row, span in spans for position in span], dtype=torch.int64)
+    positions = torch.tensor([starts[row] + position for row, span in spans for position in span], dtype=torch.int64)
     owners = torch.tensor([row for row, span in spans for _ in span], dtype=torch.int64)
     return positions, owners
+
+
+def keeps_texts_apart(model: PreTrainedModel) -> bool:
+    """Whether a model reads texts that follow each other in one row as if each were alone. That is tried once: in a row
+    of a text, another one and the first again, both of the same text have to give the same logits."""
+    kept = _KEEPS_APART.setdefault(model, {})
+    attention = str(getattr(model.config, "_attn_implementation", ""))
+    if attention not in kept:
+        kept[attention] = _is_same_twice(model)
+    return kept[attention]
+
+
+def _is_same_twice(model: PreTrainedModel) -> bool:
+    config = text_config(model)
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return False  # chunks are counted from the beginning of a row
+    count, between = 9, 14  # tokens
+    text = torch.arange(count)
+    other = torch.arange(count, count + between)
+    ids = 37 * torch.cat([text, other, text])[None] % config.vocab_size  # (1, tokens)
+    positions = _restarting([count, between, count])
+    device = device_of(model.get_input_embeddings())
+    try:
+        with torch.no_grad():
+            output = model(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return False  # it takes other positions, such as those of images
+    logits = output.logits[0].float()  # (tokens, vocabulary)
+    first, again = logits[:count], logits[-count:]
+    return bool(torch.dist(first, again) <= torch.finfo(model.dtype).eps * first.norm())
+
+
+def _restarting(lengths: Sequence[int]) -> Tensor:
+    """The positions of tokens of packed texts: (1, tokens)."""
+    return torch.cat([torch.arange(length) for length in lengths])[None]

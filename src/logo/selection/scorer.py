@@ -16,7 +16,6 @@ from logo.adapters.activation import earliest
 from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.errors import UsageError
-from logo.models import device_of, padded
 from logo.prefix_cache import PrefixCache
 from logo.selection.base_reader import Background, BaseReader, ExamplesRead
 from logo.selection.calibration import Calibration, Reading
@@ -211,6 +210,8 @@ class Scorer:
         rows: Sequence[Sequence[int]],
         among: Sequence[Collection[str] | None] = (),
         embedded: Embedded = NO_TEXTS,
+        *,
+        alone: bool = True,
     ) -> Tensor:
         """Scores (rows, adapters), float32 on the CPU, of prompts as token ids, cut to the signal's window.
 
@@ -218,6 +219,7 @@ class Scorer:
             among: the names of the adapters that may be selected in each row (None: all of them), whose scores are
                 right; those of others may not be. Empty: all in every row.
             embedded: what the text encoder has read already of these prompts, by their texts.
+            alone: whether the base model is probed alone, with no adapter active.
         """
         signal = self.signal
         # Plugins may need gradients of their own, and pages that are kept must not be inference tensors.
@@ -226,7 +228,10 @@ class Scorer:
             encoded = None if self.examples.encoded is None else self.examples.encoded.similarities(rows, embedded)
             if not self.probe.points:  # the text encoder alone
                 return self.score_responses([], [], torch.tensor([len(row) for row in rows]), among, encoded)
-            hidden, owners = self._hidden(rows)
+            if self.prefix_cache is None:
+                hidden, owners = self.probe.read(rows, list(map(signal.begin, rows)), may_pack=alone)
+            else:
+                hidden, owners = self._read_with_cache(rows, self.prefix_cache)
             weights, sums = emphasis(owners, len(rows))
             device = self.indices[0].stacked.device
             descriptions = [both_means(hidden[point].to(device), owners, weights, sums) for point in self.described]
@@ -238,15 +243,11 @@ class Scorer:
             tokens = sums[:, 0]  # each has weight 1 in the even mean
             return self.score_responses(per_point, descriptions, tokens, among, encoded)
 
-    def _hidden(self, rows: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor]:
-        """The hidden vectors (vectors, d) of prompts at each point, and which row each vector is of (vectors,)."""
-        if self.prefix_cache is None:
-            ids, mask = padded(rows, device_of(self.probe.model.get_input_embeddings()))
-            picked, owners = pick(list(map(self.signal.begin, rows)), list(map(len, rows)), ids.shape[1])
-            return self.probe(ids, mask, picked.to(ids.device)), owners
+    def _read_with_cache(self, rows: Sequence[Sequence[int]], prefix_cache: PrefixCache) -> tuple[list[Tensor], Tensor]:
+        """As `Probe.read`, of prompts whose keys and values are kept."""
         # Tokens on which adapters act are never cached.
         ends = [earliest(self.signal.activations, row) for row in rows]
-        read: tuple[list[Tensor], Tensor] = self.prefix_cache.extend(rows, ends, partial(self._read_uncached, rows))
+        read: tuple[list[Tensor], Tensor] = prefix_cache.extend(rows, ends, partial(self._read_uncached, rows))
         return read
 
     def _read_uncached(
@@ -257,7 +258,7 @@ class Scorer:
         cached_counts = mask[:, : mask.shape[1] - width].sum(dim=1).tolist()
         begins = [self.signal.begin(row) - cached for row, cached in zip(rows, cached_counts, strict=True)]
         ends = [len(row) - cached for row, cached in zip(rows, cached_counts, strict=True)]
-        picked, owners = pick(begins, ends, width)
+        picked, owners = pick(begins, ends, range(0, len(rows) * width, width))
         return self.probe(ids, mask, picked.to(ids.device), cache, options), owners
 
     def score_responses(
