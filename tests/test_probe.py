@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, RobertaConfig
 
 import tiny
 from logo.errors import ModelError
@@ -139,12 +140,19 @@ def test_packed_texts_are_read_as_if_each_were_alone(name: str, dtype: torch.dty
     assert torch.dist(together, alone) <= 0.05 * alone.norm()
 
 
+def test_models_whose_positions_are_not_those_of_a_row_pack_nothing() -> None:
+    """ALiBi's biases are rounded by column, and RoBERTa's positions begin behind that of padding."""
+    roberta = RobertaConfig(**tiny.SIZES, intermediate_size=48, is_decoder=True, max_position_embeddings=128)
+    for model in (tiny.model("falcon", alibi=True), AutoModelForCausalLM.from_config(roberta).eval()):
+        assert not keeps_texts_apart(model)
+
+
 def test_long_texts_and_those_behind_active_adapters_are_not_packed() -> None:
     sizes: list[torch.Size] = []
     model = tiny.model("llama")
     model.get_input_embeddings().register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape))
     probe = Probe(model, queries(model, 1))
-    for lengths, may_pack in (([600, 500], True), ([6, 5], False), ([6, 6], True)):
+    for lengths, may_pack in (([70, 60], True), ([6, 5], False), ([6, 6], True)):  # of a context of 128
         sizes.clear()
         rows = tiny.prompts(lengths)
         probe.read(rows, [0, 0], may_pack=may_pack)

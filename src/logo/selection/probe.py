@@ -21,12 +21,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from logo.errors import ModelError
-from logo.models import PassEnded, device_of, padded, text_config
+from logo.models import PassEnded, context_length, device_of, padded, text_config
+from logo.prefix_cache import reusable
 from logo.selection.points import Point
 from logo.selection.signals import ProbeInput
 
 # The most tokens that are packed into a row. In attention, each is multiplied with each, those of other texts as well.
 _MOST_PACKED = 1024
+# How far logits from products of other shapes may be apart, as a share: in float32, and in half precision. Positions or
+# texts that are not a text's own make more of it.
+_FLOAT32_ROUNDING, _HALF_ROUNDING = 1e-4, 0.1
 # Whether a model keeps packed texts apart, by its implementation of attention.
 _KEEPS_APART: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
@@ -73,7 +77,8 @@ class Probe:
         lengths = list(map(len, rows))
         device = device_of(self.model.get_input_embeddings())
         tokens = sum(lengths)
-        if may_pack and tokens < len(rows) * max(lengths) and tokens <= _MOST_PACKED and keeps_texts_apart(self.model):
+        has_padding = tokens < len(rows) * max(lengths)
+        if may_pack and has_padding and self._reads_packed(tokens):
             input_ids = torch.tensor([[token for row in rows for token in row]], device=device)
             attention_mask = None
             options = {"position_ids": _restarting(lengths).to(device)}
@@ -84,6 +89,11 @@ class Probe:
             starts = range(0, input_ids.numel(), input_ids.shape[1])
         picked, owners = pick(begins, lengths, starts)
         return self(input_ids, attention_mask, picked.to(device), options=options), owners
+
+    def _reads_packed(self, tokens: int) -> bool:
+        """Whether texts of so many tokens together are to be packed."""
+        most = min(_MOST_PACKED, context_length(self.model) or _MOST_PACKED)
+        return tokens <= most and keeps_texts_apart(self.model)
 
     @torch.no_grad()
     def __call__(
@@ -142,35 +152,35 @@ def pick(begins: Sequence[int], ends: Sequence[int], starts: Sequence[int]) -> t
 
 
 def keeps_texts_apart(model: PreTrainedModel) -> bool:
-    """Whether a model reads texts that follow each other in one row as if each were alone. That is tried once: in a row
-    of a text, another one and the first again, both of the same text have to give the same logits."""
+    """Whether a model reads texts that follow each other in one row as if each were alone, which is tried once."""
     kept = _KEEPS_APART.setdefault(model, {})
     attention = str(getattr(model.config, "_attn_implementation", ""))
     if attention not in kept:
-        kept[attention] = _is_same_twice(model)
+        kept[attention] = _reads_alike(model)
     return kept[attention]
 
 
-def _is_same_twice(model: PreTrainedModel) -> bool:
+def _reads_alike(model: PreTrainedModel) -> bool:
+    """Whether a text has the same logits behind another one as alone, but for rounding."""
     config = text_config(model)
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in inspect.signature(model.forward).parameters or not reusable(model, longer=False):
         return False
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return False  # chunks are counted from the beginning of a row
-    count, between = 9, 14  # tokens
-    text = torch.arange(count)
-    other = torch.arange(count, count + between)
-    ids = 37 * torch.cat([text, other, text])[None] % config.vocab_size  # (1, tokens)
-    positions = _restarting([count, between, count])
+    # Chunks and ALiBi's biases, which are rounded, count from the beginning of a row.
+    if getattr(config, "attention_chunk_size", None) is not None or getattr(config, "alibi", False):
+        return False
+    before, count = 40, 24  # tokens
     device = device_of(model.get_input_embeddings())
+    ids = (37 * torch.arange(before + count, device=device) % config.vocab_size)[None]  # (1, tokens)
+    positions = _restarting([before, count]).to(device)
     try:
         with torch.no_grad():
-            output = model(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False)
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, before:].float()
+            alone = model(input_ids=ids[:, before:], use_cache=False).logits[0].float()  # (tokens, vocabulary)
     except (IndexError, RuntimeError, TypeError, ValueError):
         return False  # it takes other positions, such as those of images
-    logits = output.logits[0].float()  # (tokens, vocabulary)
-    first, again = logits[:count], logits[-count:]
-    return bool(torch.dist(first, again) <= torch.finfo(model.dtype).eps * first.norm())
+    rounding = _FLOAT32_ROUNDING if model.dtype == torch.float32 else _HALF_ROUNDING
+    is_there = bool(alone.any())  # not so before weights are loaded
+    return is_there and bool(torch.dist(packed, alone) <= rounding * alone.norm())
 
 
 def _restarting(lengths: Sequence[int]) -> Tensor:

@@ -114,7 +114,8 @@ class _AnswerRoutes:
         began = time.perf_counter()
         logged = logged_of(request)
         logged["model"] = plain(body.model)
-        mixture_request = self._pool.models_of(request).mixture_request(body.model, body.logo)
+        models = self._pool.models_of(request)
+        mixture_request = models.mixture_request(body.model, body.logo)
         count = body.n if isinstance(body, bodies.ChatRequest) else body.n * len(body.prompts)
         with ExitStack() as held:
             held.enter_context(self._service.entrance.admitted(count))
@@ -125,7 +126,7 @@ class _AnswerRoutes:
             chosen = await self._answering.choose(prompts, mixture_request, began, logged)
             for mixture in chosen:
                 held.callback(mixture.release)
-            is_watched = body.logo is None or body.logo.shadow
+            is_watched = bool(models.adapters) and (body.logo is None or body.logo.shadow)
             if self._shadow is not None and is_watched and mixture_request.adapters is not None:
                 self._shadow.offer(prompts, mixture_request.adapters, partial(self._selected, mixture_request.usable))
             call = Call(body, prompts, chosen, sampling, began, logged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,9 +116,12 @@ class PoolRoutes:
         all_cards = selecting.adapters  # a change of the pool replaces it
         cards = [all_cards[name] for name in models.adapters if name in all_cards]
         settings = selecting.logo.settings
-        # A key that is bound to some adapters does not learn how often those of others had them.
-        selected = selecting.selected if models.patterns is None else None
-        return JSONResponse(adapter_list(models.base, selecting.logo.k, selecting.signals, settings, cards, selected))
+        k = selecting.logo.k
+        selected: Counter[str] | None = selecting.selected
+        if models.patterns is not None:  # the key is told nothing of other adapters, nor how often others had its own
+            k = min(k, len(cards))
+            selected = None
+        return JSONResponse(adapter_list(models.base, k, selecting.signals, settings, cards, selected))
 
     async def models(self, request: Request) -> Response:
         """Lists the names that requests may give as `model`, or tells of one."""

@@ -240,7 +240,7 @@ async def _load(request: bodies.LoadAdapter, raw_request: Request) -> Response:
     """`POST /v1/load_lora_adapter`: adds an adapter to the pool, or replaces it there."""
     logo = _logo(raw_request)
     logo.names().check_new(request.lora_name, replace=request.load_inplace, others=logo.bases)
-    kind = "replace" if request.lora_name in logo.pool else "add"
+    kind = "replace" if request.load_inplace else "add"  # of which the former takes a new name, too
     await _changed(logo.change(kind, request.lora_name, request.lora_path))
     return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,16 +270,16 @@ class Logo:
         """What the log shows of a prompt."""
         return self.engine.text_of(row.probed[:LOGGED_TOKENS])
 
-    async def _watch(self, shadow: Shadow, prompts: RequestPrompts, mixture: Mapping[str, float]) -> None:
+    async def _watch(self, shadow: Shadow, prompts: RequestPrompts, mixture: Mapping[str, float], alone: bool) -> None:
         """Reads the prompts of a request that has named a mixture, beside its answer, and has them selected for."""
         with suppress(ApiError, LoGoError, ValueError):  # prompts that cannot be read, which the answer says
-            shadow.offer(await prompts.read(), mixture, self._selected)
+            shadow.offer(await prompts.read(), mixture, partial(self._selected, alone))
 
-    async def _selected(self, row: Prompt) -> Selection:
+    async def _selected(self, alone: bool, row: Prompt) -> Selection:
         """What a prompt selects, beside an answer that something else has been named for."""
         async with self.engine.using() as served:
             call = self.engine.options.settings.options(served.pool, {"when_unsure": "mix"})
-            return await self.engine.select(served, row, call)
+            return await self.engine.select(served, row, call, alone)
 
     async def answer(self, request: Any, raw: Request, handler: Handler, prompts: RequestPrompts) -> Response:
         """Has one of vLLM's serving objects answer a request, parsed by its class, with the mixtures of its prompts."""
@@ -287,25 +288,29 @@ class Logo:
             raise ApiError(501, "this model does not answer requests of this kind", "invalid_request_error")
         model = request.model
         options = _options(request)
-        chosen, mixes = await self.choose(model, options, prompts, raw, request.cache_salt is not None)
-        has_named = not chosen[0].selection.scores
-        is_watched = options is None or options.shadow
-        if self._shadow is not None and has_named and is_watched:
-            task = asyncio.create_task(self._watch(self._shadow, prompts, chosen[0].selection.mixture))
-            self._reading.add(task)
-            task.add_done_callback(self._reading.discard)
+        alone = request.cache_salt is not None
+        chosen, mixes = await self.choose(model, options, prompts, raw, alone)
         mixing = Mixing(serving.engine_client, self.engine, mixes)
         serving = copy.copy(serving)
         serving.engine_client = mixing
         serving.models = copy.copy(serving.models)
         serving.models.model_name = lambda lora_request=None: model
-        request.model = self.base
-        reply = await getattr(serving, handler.method)(request, raw)
+        reply = await getattr(serving, handler.method)(request.model_copy(update={"model": self.base}), raw)
         if isinstance(reply, ErrorResponse):
             return JSONResponse(reply.model_dump(), reply.error.code)
+        has_named = not chosen[0].selection.scores
+        is_watched = options is None or options.shadow
+        if self._shadow is not None and has_named and is_watched:
+            task = asyncio.create_task(self._watch(self._shadow, prompts, chosen[0].selection.mixture, alone))
+            self._reading.add(task)
+            task.add_done_callback(self._reading.discard)
 
         def count() -> None:
-            getattr(raw.state, "logged", {}).update(mixing.logged)
+            logged = getattr(raw.state, "logged", {})
+            logged.update(mixing.logged)
+            beams = getattr(request, "use_beam_search", False)
+            if beams and hasattr(reply, "usage"):  # each step of a beam is a call of its own, of one token
+                logged["completion_tokens"] = reply.usage.completion_tokens
             for number in mixing.ended:
                 self.counts.answered(chosen[number].selection)
 
