@@ -579,13 +579,18 @@ def test_a_study_has_the_selections_that_its_options_say(tmp_path: Path, tasks: 
 
 
 @pytest.mark.filterwarnings("always")
-def test_prompts_that_adapters_know_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_prompts_that_adapters_know_are_said(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("antonym", "plural", "french"):
         shutil.copytree(adapters_dir() / name, tmp_path / "pool" / name)
         write_rows(tmp_path / "rows" / f"{name}.jsonl", heldout()[name][:4])
     for name, count in (("antonym", 3), ("french", 2)):  # two rows are of both
         write_examples(tmp_path / "pool" / name, [row["context"] for row in heldout()["antonym"][:count]])
-    learnt = write_rows(tmp_path / "learnt" / "plural.jsonl", heldout()["plural"][2:8])
+    learnt = tmp_path / "learnt" / f"plural.{suffix}"
+    known = heldout()["plural"][2:8]
+    write_rows(learnt, known)
+    if suffix == "csv":
+        learnt.write_text("context,completion\n" + "".join(f"{row['context']},x\n" for row in known))
     (tmp_path / "pool" / "plural" / "logo.yaml").write_text(f"rows: {{file: {learnt}}}\n")
     how = ("--adapters", str(tmp_path / "pool"), "--limit", "4", "--signals", "norm", "--protocols", "in-pool")
     studied(tmp_path / "s", tmp_path / "rows", *how)

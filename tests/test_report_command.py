@@ -187,7 +187,8 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_an_official_run_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The script compares lists of answers with the first one, and its results have no gold texts to judge by."""
-    official, ours = tmp_path / "m_selection_norm_n_2_seed_0", tmp_path / "m_selection_norm_n_2_seed_0_ours"
+    official = tmp_path / "m_selection_norm_n_2_seed_0"
+    ours = tmp_path / "m_selection_norm_n_2_seed_0_rows_n_100_seed_7"
     golds = [["yes", "no"], ["no", "yes"]] * 4
     for folder, answers in ((official, ["yes"] * 8), (ours, ["no"] * 4 + ["maybe"] * 4)):
         write_result(folder / "ai2_arc.ARC-Easy", answers, [first for first, _ in golds])
@@ -200,6 +201,8 @@ def test_an_official_run_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     lines, said = compare(official, ours, capsys=capsys)
     assert [line["name"] for line in lines] == ["ai2_arc.ARC-Easy"]
+    table = read(ours)
+    assert set(table["k"]) == {2} and set(table["seed"]) == {0}  # whatever the run's own name is
     unlike = (
         f"'nq.natural-questions': expected one metric, found em_first in {official.name} and em_multi in {ours.name}"
     )

@@ -528,7 +528,10 @@ def test_an_adapter_moves_no_other_one_below_it(
     assert "d/e would act on other tokens than now" in capsys.readouterr().err and contents(pool) == before
     assert run(command(base_model, rows_above, pool, "--tasks", "d,d/e", *last, "--overwrite")) == 0
     assert {str(adapter.activation) for adapter in AdapterPool.open(pool)} == {"last:2"}
-    (pool / "d" / "e" / "pool.json").unlink()  # so it acts where the note above says
+    elsewhere = tmp_path / "elsewhere"  # a pool may have linked folders
+    (pool / "d" / "e").rename(elsewhere)
+    (pool / "d" / "e").symlink_to(elsewhere)
+    (elsewhere / "pool.json").unlink()  # so it acts where the note above says
     assert run(command(base_model, rows_above, pool, "--tasks", "d", "--overwrite")) == 2
     assert "d/e would act on other tokens than now" in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ hours of work.
 
 from __future__ import annotations
 
+import csv
 import fnmatch
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -156,6 +157,31 @@ def read_rows(file: Path, limit: int | None = None, *, answers: bool = True) -> 
     if limit is not None and limit < 1:
         raise UsageError(f"limit {limit}: expected at least 1 row; leave it out for all rows")
     return [row_of(value, f"{file}:{number}", answers=answers) for number, value in objects(file)][:limit]
+
+
+def csv_rows(file: Path) -> Iterator[Row]:
+    """The rows of a CSV file with the columns `context` and `completion`; every cell is a text, also 007.
+
+    Raises DataError or StorageError.
+    """
+    csv.field_size_limit(2**31 - 1)  # a context may be a book
+    number = 1
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            if sum(name in ("context", "completion") for name in reader.fieldnames or ()) > 2:
+                raise malformed(f"{file}:1", "two of one name", "one column each for context and completion")
+            for row in reader:
+                number = reader.line_num
+                if None in row or None in row.values():
+                    raise malformed(f"{file}:{number}", "another number of fields", "as many as in line 1")
+                yield row_of({key: row[key] for key in ("context", "completion") if key in row}, f"{file}:{number}")
+            if number == 1:
+                raise DataError(f"{file}: expected a line of names and one line per row, found no rows")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{file}:{number}: is not valid CSV in UTF-8: {error}") from None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read ({error.strerror or error})") from error
 
 
 def objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -37,7 +37,7 @@ FILES = (*(f"{name}.json" for name in OFFICIAL), RUN, ROWS)
 MARK = "eval_results.json"  # a folder with this file is the result of one dataset
 
 _FOLDER = re.compile(
-    r"(?P<base>.+)_(?:selection|method)_(?P<method>[A-Za-z0-9_-]+)_n_(?P<k>\d+)_seed_(?P<seed>\d+)(?:_(?P<name>.+))?"
+    r"(?P<base>.+)_(?:selection|method)_(?P<method>[A-Za-z0-9_-]+?)_n_(?P<k>\d+)_seed_(?P<seed>\d+)(?:_(?P<name>.+))?"
 )
 _NAME = re.compile(r"[^\W_]([\w.+=-]{0,62}[^\W_])?")
 

@@ -25,8 +25,8 @@ from logo.adapters.adapter import open_adapter
 from logo.adapters.examples import examples_sha256, examples_text, folder_description
 from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, RECORD
 from logo.adapters.write import activation_note, needs_activation_note, save_adapter
-from logo.errors import DataError, NotFinite, StorageError, UsageError, is_out_of_memory, listed
-from logo.files import new_folder
+from logo.errors import AdapterError, DataError, NotFinite, StorageError, UsageError, is_out_of_memory, listed
+from logo.files import new_folder, walked
 from logo.identity import file_sha256, library_versions, weights_digest
 from logo.models import context_length
 from logo.training.config import TrainingConfig
@@ -99,13 +99,14 @@ def train(
     for job in to_train:
         moved = _moved_by(job, {other.folder for other in to_train})
         if moved:
-            raise UsageError(
-                f"{job.folder}: {listed(moved)} would act on other tokens than now, since a `pool.json` applies to all "
-                f"folders below; name another --save"
-            )
+            raise UsageError(f"{_moving(job, moved)}; name another --save")
     planned({job.name: config.length(len(job.task.learned)) for job in to_train}, len(done))
     trained: dict[str, Record] = {}
-    for job in to_train:
+    for job in to_train:  # those in folders below others first
+        moved = _moved_by(job, {out / name for name in trained})
+        if moved:
+            failed[job.name] = f"{_moving(job, moved)}, and was not trained anew"
+            continue
         try:
             fitted = fit(base, job.task, config, partial(tell, job.name))
         except NotFinite as error:
@@ -208,16 +209,29 @@ def _moved_by(job: Job, trained: Collection[Path]) -> list[str]:
     else:
         activation = noted(job.folder.absolute().parent, EVERYWHERE)
     moved = []
-    for file in sorted(job.folder.rglob(CONFIG)):
+    for file in sorted(walked(job.folder)):
         folder = file.parent
-        if folder == job.folder or folder in trained:
+        below = folder.relative_to(job.folder)
+        is_hidden = any(part.startswith(".") for part in below.parts)  # no pool opens it
+        if file.name != CONFIG or folder == job.folder or folder in trained or is_hidden:
             continue
+        try:
+            acts = open_adapter(folder).activation
+        except AdapterError:
+            continue  # no pool opens it either
         between = itertools.takewhile(lambda above: above != job.folder, (folder, *folder.parents))
-        acts = open_adapter(folder).activation
-        stays = acts == activation or acts.tokens or any("activation" in read_notes(above) for above in between)
-        if not stays:
-            moved.append(job.name + "/" + folder.relative_to(job.folder).as_posix())
+        is_noted = any(read_notes(above).get("activation") is not None for above in between)
+        if acts != activation and not acts.tokens and not is_noted:
+            moved.append(f"{job.name}/{below.as_posix()}")
     return moved
+
+
+def _moving(job: Job, moved: Sequence[str]) -> str:
+    """That a job's adapter cannot be written, in words."""
+    others = listed(moved)
+    return (
+        f"{job.folder}: {others} would act on other tokens than now, since a `pool.json` applies to all folders below"
+    )
 
 
 def _with_prompts(job: Job, config: TrainingConfig) -> Record:

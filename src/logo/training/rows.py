@@ -6,21 +6,20 @@ file has the columns `context` and `completion`. If a row cannot be used, its ta
 
 from __future__ import annotations
 
-import csv
 import math
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.adapters.activation import Activation, last_occurrence
-from logo.errors import DataError, LoGoError, StorageError, UsageError, closest, listed
+from logo.errors import DataError, LoGoError, UsageError, closest, listed
 from logo.identity import fingerprint
 from logo.prompts import answer_ids, asked_text, chat, conversation_text, cut_left, text_ids, written_answer
-from logo.rows import Row, malformed, passed_over, read_rows, requested, row_files, row_of, unread, why_passed_over
+from logo.rows import Row, csv_rows, passed_over, read_rows, requested, row_files, unread, why_passed_over
 from logo.scoring import spaced
 from logo.training.config import ASSISTANT, TrainingConfig
 
@@ -145,7 +144,7 @@ def read_task(
         DataError: a row cannot be used (names the file and the row).
         StorageError: the file cannot be read.
     """
-    rows = list(_csv(file)) if file.suffix == ".csv" else read_rows(file)
+    rows = list(csv_rows(file)) if file.suffix == ".csv" else read_rows(file)
     longest = config.max_length if context is None else min(config.max_length, context)
     tokenized: list[TokenizedRow] = []
     cut = 0
@@ -177,28 +176,6 @@ def read_task(
         invocation=invocation,
         prompts=tuple(prompt for prompt in prompts if prompt),
     )
-
-
-def _csv(file: Path) -> Iterator[Row]:
-    """The rows of a CSV file; every cell is a text, also 007."""
-    csv.field_size_limit(2**31 - 1)  # a context may be a book
-    number = 1
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            if sum(name in ("context", "completion") for name in reader.fieldnames or ()) > 2:
-                raise malformed(f"{file}:1", "two of one name", "one column each for context and completion")
-            for row in reader:
-                number = reader.line_num
-                if None in row or None in row.values():
-                    raise malformed(f"{file}:{number}", "another number of fields", "as many as in line 1")
-                yield row_of({key: row[key] for key in ("context", "completion") if key in row}, f"{file}:{number}")
-            if number == 1:
-                raise DataError(f"{file}: expected a line of names and one line per row, found no rows")
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{file}:{number}: is not valid CSV in UTF-8: {error}") from None
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read ({error.strerror or error})") from error
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, row: Row) -> TokenizedRow:

@@ -16,6 +16,7 @@ from logo.adapters.sources import OnBadAdapter, Source, gather, parse_sources
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import divided, fitting, refusals, tell_refused
 from logo.errors import AdapterError, HubError, UsageError
+from logo.files import locked
 from logo.hub import hub_error
 
 
@@ -47,7 +48,7 @@ def lock(
         raise UsageError(f"--save {save}: expected a name that ends with {' or '.join(SUFFIXES)}")
     if save.exists() and not overwrite:
         raise UsageError(f"--save {save}: exists already; choose another name, or add --overwrite")
-    before = read_manifest(save) if save.exists() else Manifest(())
+    _manifest(save)  # one that cannot be read is refused before adapters are opened
     skip = on_bad_adapter == "skip"
     opened = [source for text in sources for source in _sources(text)]
     adapters, refused, k = gather(opened, skip=skip, verify=True if skip else None)
@@ -56,14 +57,22 @@ def lock(
         good, misfits = divided(good, fitting(base_model))
         bad += misfits
     pool = AdapterPool.usable(",".join(sources), good, [*refused, *bad], on_bad_adapter, k)
-    entries = [_entry(adapter, save, before) for adapter in pool]
-    write_manifest(save, Manifest(entries, before.k if k is None else k))
+    save.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with locked(save.absolute().parent):  # another process may have given examples meanwhile
+        before = _manifest(save)
+        entries = [_entry(adapter, save, before) for adapter in pool]
+        write_manifest(save, Manifest(entries, before.k if k is None else k))
     if json:
         print_json({"file": str(save), "adapters": list(map(vars, entries)), "refused": refusals(pool.refused)})
         return
     tell_refused(pool.refused)
     commits = len({entry.revision for entry in entries if entry.revision})
     out.print(f"{save}: {len(entries)} adapters" + (f", {commits} commits" if commits else ""), markup=False)
+
+
+def _manifest(file: Path) -> Manifest:
+    """The manifest that is there; an empty one if there is none."""
+    return read_manifest(file) if file.exists() else Manifest(())
 
 
 def _check_lines(adapter: Adapter, manifest: Path) -> None:
