@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, RobertaConfig
 
 import tiny
 from logo.errors import ModelError
+from logo.selection.packing import keeps_texts_apart
 from logo.selection.points import Point, decoder_layers, last_query, points_of
-from logo.selection.probe import Probe, keeps_texts_apart
+from logo.selection.probe import Probe
 from logo.selection.signals import Signal, get_signal
 from tolerances import same_tensor
 

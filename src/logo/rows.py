@@ -159,11 +159,13 @@ def read_rows(file: Path, limit: int | None = None, *, answers: bool = True) -> 
     return [row_of(value, f"{file}:{number}", answers=answers) for number, value in objects(file)][:limit]
 
 
-def csv_rows(file: Path) -> Iterator[Row]:
-    """The rows of a CSV file with the columns `context` and `completion`; every cell is a text, also 007.
+def training_rows(file: Path, *, answers: bool = True) -> list[Row]:
+    """The rows of a task to learn, from JSON lines (see `read_rows`) or CSV. Raises DataError or StorageError."""
+    return list(_csv_rows(file)) if file.suffix == ".csv" else read_rows(file, answers=answers)
 
-    Raises DataError or StorageError.
-    """
+
+def _csv_rows(file: Path) -> Iterator[Row]:
+    """The rows of a CSV file with the columns `context` and `completion`; every cell is a text, also 007."""
     csv.field_size_limit(2**31 - 1)  # a context may be a book
     number = 1
     try:

@@ -33,7 +33,7 @@ from logo.evaluation.results import ROWS, RUN, Partial, differences, is_done, re
 from logo.evaluation.run import warn_of_copies
 from logo.evaluation.study_summary import summary
 from logo.prompts import no_warnings_of_cuts
-from logo.rows import Row, csv_rows, read_rows
+from logo.rows import Row, training_rows
 from logo.scoring import encoded
 
 if TYPE_CHECKING:
@@ -265,8 +265,7 @@ def _training_prompts(adapter: Adapter) -> list[str]:
 
     try:
         record = yaml.safe_load((adapter.folder / RECORD).read_text(encoding="utf-8"))
-        file = Path(record["rows"]["file"])
-        rows = list(csv_rows(file)) if file.suffix == ".csv" else read_rows(file, answers=False)
+        rows = training_rows(Path(record["rows"]["file"]), answers=False)
     except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError, LoGoError):
         return []
     return [row.context for row in rows]

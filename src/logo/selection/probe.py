@@ -1,38 +1,25 @@
 """`Probe`: one short forward pass, which runs the base model on prompts up to the last point and stops there.
 
 A probe knows where to read, and nothing about adapters. To probe with adapters active, call it inside `Mixer.active`.
-
-Texts of different lengths are packed: they follow each other in one row, where their positions, which begin anew with
-each, keep them apart. So no padding is computed. A model that does not keep them apart gets a padded row for each.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import accumulate
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from logo.errors import ModelError
-from logo.models import PassEnded, context_length, device_of, padded, text_config
-from logo.prefix_cache import reusable
+from logo.models import PassEnded, device_of, padded
+from logo.selection.packing import packed, packs
 from logo.selection.points import Point
 from logo.selection.signals import ProbeInput
-
-# The most tokens that are packed into a row. In attention, each is multiplied with each, those of other texts as well.
-_MOST_PACKED = 1024
-# How far logits from products of other shapes may be apart, as a share: in float32, and in half precision. Positions or
-# texts that are not a text's own make more of it.
-_FLOAT32_ROUNDING, _HALF_ROUNDING = 1e-4, 0.1
-# Whether a model keeps packed texts apart, by its implementation of attention.
-_KEEPS_APART: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 class Probe:
@@ -76,24 +63,15 @@ class Probe:
         """
         lengths = list(map(len, rows))
         device = device_of(self.model.get_input_embeddings())
-        tokens = sum(lengths)
-        has_padding = tokens < len(rows) * max(lengths)
-        if may_pack and has_padding and self._reads_packed(tokens):
-            input_ids = torch.tensor([[token for row in rows for token in row]], device=device)
-            attention_mask = None
-            options = {"position_ids": _restarting(lengths).to(device)}
-            starts: Sequence[int] = [0, *accumulate(lengths[:-1])]
-        else:
-            input_ids, attention_mask = padded(rows, device)
-            options = {}
-            starts = range(0, input_ids.numel(), input_ids.shape[1])
-        picked, owners = pick(begins, lengths, starts)
-        return self(input_ids, attention_mask, picked.to(device), options=options), owners
-
-    def _reads_packed(self, tokens: int) -> bool:
-        """Whether texts of so many tokens together are to be packed."""
-        most = min(_MOST_PACKED, context_length(self.model) or _MOST_PACKED)
-        return tokens <= most and keeps_texts_apart(self.model)
+        has_padding = sum(lengths) < len(rows) * max(lengths)
+        if may_pack and has_padding and packs(self.model, sum(lengths)):
+            ids, positions = packed(rows)
+            picked, owners = pick(begins, lengths, [0, *accumulate(lengths[:-1])])
+            options = {"position_ids": positions.to(device)}
+            return self(ids.to(device), None, picked.to(device), options=options), owners
+        ids, mask = padded(rows, device)
+        picked, owners = pick(begins, lengths, range(0, ids.numel(), ids.shape[1]))
+        return self(ids, mask, picked.to(device)), owners
 
     @torch.no_grad()
     def __call__(
@@ -149,40 +127,3 @@ def pick(begins: Sequence[int], ends: Sequence[int], starts: Sequence[int]) -> t
     positions = torch.tensor([starts[row] + position for row, span in spans for position in span], dtype=torch.int64)
     owners = torch.tensor([row for row, span in spans for _ in span], dtype=torch.int64)
     return positions, owners
-
-
-def keeps_texts_apart(model: PreTrainedModel) -> bool:
-    """Whether a model reads texts that follow each other in one row as if each were alone, which is tried once."""
-    kept = _KEEPS_APART.setdefault(model, {})
-    attention = str(getattr(model.config, "_attn_implementation", ""))
-    if attention not in kept:
-        kept[attention] = _reads_alike(model)
-    return kept[attention]
-
-
-def _reads_alike(model: PreTrainedModel) -> bool:
-    """Whether a text has the same logits behind another one as alone, but for rounding."""
-    config = text_config(model)
-    if "position_ids" not in inspect.signature(model.forward).parameters or not reusable(model, longer=False):
-        return False
-    # Chunks and ALiBi's biases, which are rounded, count from the beginning of a row.
-    if getattr(config, "attention_chunk_size", None) is not None or getattr(config, "alibi", False):
-        return False
-    before, count = 40, 24  # tokens
-    device = device_of(model.get_input_embeddings())
-    ids = (37 * torch.arange(before + count, device=device) % config.vocab_size)[None]  # (1, tokens)
-    positions = _restarting([before, count]).to(device)
-    try:
-        with torch.no_grad():
-            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, before:].float()
-            alone = model(input_ids=ids[:, before:], use_cache=False).logits[0].float()  # (tokens, vocabulary)
-    except (IndexError, RuntimeError, TypeError, ValueError):
-        return False  # it takes other positions, such as those of images
-    rounding = _FLOAT32_ROUNDING if model.dtype == torch.float32 else _HALF_ROUNDING
-    is_there = bool(alone.any())  # not so before weights are loaded
-    return is_there and bool(torch.dist(packed, alone) <= rounding * alone.norm())
-
-
-def _restarting(lengths: Sequence[int]) -> Tensor:
-    """The positions of tokens of packed texts: (1, tokens)."""
-    return torch.cat([torch.arange(length) for length in lengths])[None]

@@ -91,35 +91,36 @@ def train(
     base = Base.load(base_model, device, model_dir)
     versions = {**library_versions(), "peft": peft.__version__}
     jobs, failed = _jobs(files, base, out, config)
-    for job in jobs:
-        if job.difference and not overwrite:
-            raise UsageError(f"{job.folder}: {job.difference}; name another --save, or replace it with --overwrite")
-    done = {job.name: _with_prompts(job, config) for job in jobs if job.is_done}
     to_train = [job for job in jobs if not job.is_done]
-    for job in to_train:
-        moved = _moved_by(job, {other.folder for other in to_train})
-        if moved:
-            raise UsageError(f"{_moving(job, moved)}; name another --save")
+    _check_places(to_train, overwrite=overwrite)
+    done = {job.name: _with_prompts(job, config) for job in jobs if job.is_done}
     planned({job.name: config.length(len(job.task.learned)) for job in to_train}, len(done))
     trained: dict[str, Record] = {}
     for job in to_train:  # those in folders below others first
         moved = _moved_by(job, {out / name for name in trained})
-        if moved:
-            failed[job.name] = f"{_moving(job, moved)}, and was not trained anew"
+        if moved:  # those that were to be trained, and failed
+            failed[job.name] = _moving(job, moved)
             continue
-        try:
-            fitted = fit(base, job.task, config, partial(tell, job.name))
-        except NotFinite as error:
-            failed[job.name] = str(error)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            failed[job.name] = f"{base.device} has too little memory; give a smaller --max-length or --batch-size"
-        else:
-            record = {"base_model": base_model, **job.made_from, "result": _result(fitted), "versions": versions}
-            _write(job, base_model, fitted, record)
-            trained[job.name] = record
+        fitted = _fitted(job, base, config, tell)
+        if isinstance(fitted, str):
+            failed[job.name] = fitted
+            continue
+        record = {"base_model": base_model, **job.made_from, "result": _result(fitted), "versions": versions}
+        _write(job, base_model, fitted, record)
+        trained[job.name] = record
     return Trained(trained, done, failed)
+
+
+def _fitted(job: Job, base: Base, config: TrainingConfig, tell: Callable[[str, int, float], None]) -> Fitted | str:
+    """The trained adapter of a job, or why there is none; other tasks go on."""
+    try:
+        return fit(base, job.task, config, partial(tell, job.name))
+    except NotFinite as error:
+        return str(error)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return f"{base.device} has too little memory; give a smaller --max-length or --batch-size"
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,19 @@ def _jobs(files: Mapping[str, Path], base: Base, out: Path, config: TrainingConf
     return jobs, unreadable
 
 
+def _check_places(to_train: Sequence[Job], *, overwrite: bool) -> None:
+    """Raises UsageError for another adapter in the place of one, unless it is to be replaced, and for one that would
+    act elsewhere."""
+    for job in to_train:
+        if job.difference and not overwrite:
+            raise UsageError(f"{job.folder}: {job.difference}; name another --save, or replace it with --overwrite")
+    folders = {job.folder for job in to_train}
+    for job in to_train:
+        moved = _moved_by(job, folders)
+        if moved:
+            raise UsageError(f"{_moving(job, moved)}; name another --save")
+
+
 def _moved_by(job: Job, trained: Collection[Path]) -> list[str]:
     """The adapters in folders below a job's that would act on other tokens once it is written, and are not themselves
     trained: a note that says where an adapter acts applies to all below it."""
@@ -227,11 +241,9 @@ def _moved_by(job: Job, trained: Collection[Path]) -> list[str]:
 
 
 def _moving(job: Job, moved: Sequence[str]) -> str:
-    """That a job's adapter cannot be written, in words."""
-    others = listed(moved)
-    return (
-        f"{job.folder}: {others} would act on other tokens than now, since a `pool.json` applies to all folders below"
-    )
+    """Why a job's adapter cannot be written, where it would move others."""
+    because = "since the `pool.json` that says where an adapter acts applies to all folders below it"
+    return f"{job.folder}: {listed(moved)} would act on other tokens than now, {because}"
 
 
 def _with_prompts(job: Job, config: TrainingConfig) -> Record:

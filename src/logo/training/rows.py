@@ -19,7 +19,7 @@ from logo.adapters.activation import Activation, last_occurrence
 from logo.errors import DataError, LoGoError, UsageError, closest, listed
 from logo.identity import fingerprint
 from logo.prompts import answer_ids, asked_text, chat, conversation_text, cut_left, text_ids, written_answer
-from logo.rows import Row, csv_rows, passed_over, read_rows, requested, row_files, unread, why_passed_over
+from logo.rows import Row, passed_over, requested, row_files, training_rows, unread, why_passed_over
 from logo.scoring import spaced
 from logo.training.config import ASSISTANT, TrainingConfig
 
@@ -144,7 +144,7 @@ def read_task(
         DataError: a row cannot be used (names the file and the row).
         StorageError: the file cannot be read.
     """
-    rows = list(csv_rows(file)) if file.suffix == ".csv" else read_rows(file)
+    rows = training_rows(file)
     longest = config.max_length if context is None else min(config.max_length, context)
     tokenized: list[TokenizedRow] = []
     cut = 0

@@ -270,10 +270,20 @@ class Logo:
         """What the log shows of a prompt."""
         return self.engine.text_of(row.probed[:LOGGED_TOKENS])
 
-    async def _watch(self, shadow: Shadow, prompts: RequestPrompts, mixture: Mapping[str, float], alone: bool) -> None:
-        """Reads the prompts of a request that has named a mixture, beside its answer, and has them selected for."""
-        with suppress(ApiError, LoGoError, ValueError):  # prompts that cannot be read, which the answer says
-            shadow.offer(await prompts.read(), mixture, partial(self._selected, alone))
+    def _watch(self, prompts: RequestPrompts, mixture: Mapping[str, float], alone: bool) -> None:
+        """If there is a shadow, has it select for the prompts of a request that has named a mixture; returns at once.
+        `alone`: as `ProbeRequest`."""
+        shadow = self._shadow
+        if shadow is None:
+            return
+
+        async def offer() -> None:
+            with suppress(ApiError, LoGoError, ValueError):  # prompts that cannot be read, which the answer says
+                shadow.offer(await prompts.read(), mixture, partial(self._selected, alone))
+
+        task = asyncio.create_task(offer())
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
 
     async def _selected(self, alone: bool, row: Prompt) -> Selection:
         """What a prompt selects, beside an answer that something else has been named for."""
@@ -291,25 +301,20 @@ class Logo:
         alone = request.cache_salt is not None
         chosen, mixes = await self.choose(model, options, prompts, raw, alone)
         mixing = Mixing(serving.engine_client, self.engine, mixes)
-        serving = copy.copy(serving)
-        serving.engine_client = mixing
-        serving.models = copy.copy(serving.models)
-        serving.models.model_name = lambda lora_request=None: model
-        reply = await getattr(serving, handler.method)(request.model_copy(update={"model": self.base}), raw)
+        answers = getattr(_mixed(serving, mixing, model), handler.method)
+        reply = await answers(request.model_copy(update={"model": self.base}), raw)
         if isinstance(reply, ErrorResponse):
             return JSONResponse(reply.model_dump(), reply.error.code)
         has_named = not chosen[0].selection.scores
         is_watched = options is None or options.shadow
-        if self._shadow is not None and has_named and is_watched:
-            task = asyncio.create_task(self._watch(self._shadow, prompts, chosen[0].selection.mixture, alone))
-            self._reading.add(task)
-            task.add_done_callback(self._reading.discard)
+        if has_named and is_watched:
+            self._watch(prompts, chosen[0].selection.mixture, alone)
 
         def count() -> None:
             logged = getattr(raw.state, "logged", {})
             logged.update(mixing.logged)
-            beams = getattr(request, "use_beam_search", False)
-            if beams and hasattr(reply, "usage"):  # each step of a beam is a call of its own, of one token
+            is_beam = getattr(request, "use_beam_search", False)
+            if is_beam and hasattr(reply, "usage"):  # each step of a beam is a call of its own, of one token
                 logged["completion_tokens"] = reply.usage.completion_tokens
             for number in mixing.ended:
                 self.counts.answered(chosen[number].selection)
@@ -320,6 +325,15 @@ class Logo:
             count()
             return JSONResponse({**reply.model_dump(mode="json", by_alias=True), "logo": field})
         return StreamingResponse(_stream(reply, json.dumps(field), count), media_type="text/event-stream")
+
+
+def _mixed(serving: Any, mixing: Mixing, model: str) -> Any:
+    """One of vLLM's serving objects whose answers have these mixtures, and the name of this model."""
+    serving = copy.copy(serving)
+    serving.engine_client = mixing
+    serving.models = copy.copy(serving.models)
+    serving.models.model_name = lambda lora_request=None: model
+    return serving
 
 
 def _answered(outcome: Chosen | Unsure) -> Chosen:
