@@ -353,7 +353,9 @@ def test_ranks_and_scales_are_those_of_the_loaded_peft_model(
 
 
 def test_a_rank_pattern_that_lost_its_order_when_peft_saved_it_is_refused(tmp_path: Path) -> None:
-    write_peft(tmp_path, rank_pattern={"q_proj": 3, ".*": 2})  # on disk: ".*" first, so PEFT cannot load it either
+    """As PEFT up to 0.21 sorted them; it cannot load such an adapter either."""
+    write_peft(tmp_path, rank_pattern={"q_proj": 3, ".*": 2})
+    edit_config(tmp_path, rank_pattern={".*": 2, "q_proj": 3})
     with pytest.raises(AdapterError, match=r"gives rank 2 to module .*q_proj, but its tensors have rank 3"):
         open_adapter(tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -409,7 +411,8 @@ def test_every_setting_of_the_installed_peft_is_known() -> None:
 def test_unknown_settings_are_listed_and_change_nothing(extra: dict[str, Any]) -> None:
     extra = {key: value for key, value in extra.items() if key not in FIELDS}
     config = parse_config(extra | settings())
-    assert config.unknown == tuple(sorted(extra))
+    off = {key for key, value in extra.items() if json.dumps(value) in ("null", "false", "[]", "{}")}
+    assert config.unknown == tuple(sorted(extra.keys() - off))
     assert dataclasses.replace(config, unknown=()) == parse_config(settings())
 
 
@@ -422,7 +425,7 @@ def test_what_is_off_or_says_nothing_about_the_mixture_is_no_reason_to_refuse() 
         assert parse_config(settings(base_model_name_or_path={"no": "name"}, **changes)) == LoraConfig(r=4, alpha=8.0)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "PiSSA", "olora", "corda", "lora_ga", "loftq"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "PiSSA", "olora", "corda", "lora_ga", "astra", "loftq"])
 def test_initialisations_that_change_the_base_are_refused_with_the_way_out(init: str) -> None:
     """For LoftQ there is none: not even a conversion."""
     way = "quantised" if init == "loftq" else "path_initial_model_for_weight_conversion"

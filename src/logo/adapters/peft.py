@@ -52,13 +52,13 @@ _NOT_PLAIN = {
     "megatron_config": "it was trained on Megatron layers (megatron_config), which are not read yet",
 }
 # Initialisations that also change the base weights, so that the adapter alone is not the trained update.
-_CHANGED_BASE = re.compile(r"(pissa|olora|corda|lora_ga)", re.IGNORECASE)
+_CHANGED_BASE = re.compile(r"(pissa|olora|corda|lora_ga|astra)", re.IGNORECASE)
 _KNOWN = {
-    "alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
-    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
-    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "use_rslora", *_NOT_PLAIN,
+    "alora_invocation_tokens", "alpha_pattern", "astra_config", "auto_mapping", "base_model_name_or_path",
+    "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
+    "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", *_NOT_PLAIN,
 }  # fmt: skip
 
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>.+))?\.weight$")
@@ -96,7 +96,7 @@ class LoraConfig:
         rank_pattern, alpha_pattern: keys and values, in the order of the file.
         base_model: the base model that it names (information only, never compared).
         invocation: its invocation tokens (activated LoRA); empty: it acts everywhere.
-        unknown: keys that this version does not know; they are ignored with a warning.
+        unknown: keys that this version does not know and that are not off; they are ignored with a warning.
     """
 
     r: int = 8
@@ -167,8 +167,13 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
         alpha_pattern=_pattern(raw, "alpha_pattern", _alpha),
         base_model=base_model if isinstance(base_model, str) else None,
         invocation=_invocation(raw),
-        unknown=tuple(sorted(set(raw) - _KNOWN)),
+        unknown=tuple(sorted(key for key in set(raw) - _KNOWN if not _off(raw[key]))),
     )
+
+
+def _off(value: Any) -> bool:
+    """Whether a setting says nothing. A newer PEFT writes its new settings so into adapters that do not use them."""
+    return value is None or value is False or value == [] or value == {}
 
 
 def _invocation(raw: dict[str, Any]) -> tuple[int, ...]:
